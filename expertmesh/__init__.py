@@ -1,0 +1,1 @@
+"""Mixture-of-Experts for PyTorch: one layer, the same numbers on every mesh."""

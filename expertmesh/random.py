@@ -1,0 +1,178 @@
+"""Random numbers that are a function of integers.
+
+A draw depends on a 64-bit key and on the index of the element, and on nothing else: not on the
+device, the shape of the batch, the number of ranks, or what was drawn before. So the noise of a
+token and the initial value of a weight are the same on every mesh and under recompute.
+
+The generator is a counter hash: SplitMix64's finaliser (Steele, Lea and Flood, 2014) over key and
+index. It is meant for noise and initial values, not for cryptography.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+# Elements hashed at once when filling a parameter: bounds the int64 temporaries to a few MiB.
+_CHUNK = 1 << 18
+
+
+def _signed(value: int) -> int:
+    """The two's complement reading of a 64-bit pattern, which is what int64 tensors hold."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix_int(z: int) -> int:
+    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
+    return z ^ (z >> 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64's own shift copies the sign bit, so the copies are masked away."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
+    return z ^ _shift_right(z, 31)
+
+
+def _label(part: int | str) -> int:
+    if isinstance(part, str):
+        return int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
+    return part & _MASK
+
+
+@overload
+def fold(key: int, *parts: int | str) -> int: ...
+@overload
+def fold(key: Tensor, *parts: int | str) -> Tensor: ...
+def fold(key: int | Tensor, *parts: int | str) -> int | Tensor:
+    """A new key from a key and labels.
+
+    Args:
+        key: An int, or an int64 tensor of keys.
+        parts: Integers or names, for example a layer index and ``"noise"``. Order matters.
+
+    Returns:
+        A key of the same kind, equal for an int and for a tensor that holds it.
+    """
+    for part in parts:
+        label = _mix_int((_label(part) + _GOLDEN) & _MASK)
+        if isinstance(key, Tensor):
+            key = _mix((key ^ _signed(label)) + _signed(_GOLDEN))
+        else:
+            key = _signed(_mix_int((((key & _MASK) ^ label) + _GOLDEN) & _MASK))
+    return key
+
+
+def _bits(key: int | Tensor, index: Tensor) -> Tensor:
+    return _mix(_mix(index * _signed(_GOLDEN)) ^ key)
+
+
+def uniform(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers in [0, 1), one for each element of ``index``.
+
+    Args:
+        key: An int, or a 0-d int64 tensor.
+        index: int64 tensor of any shape; equal indices give equal numbers.
+        dtype: float32 (24 random bits) or float64 (53 random bits).
+
+    Returns:
+        Tensor of ``index``'s shape.
+    """
+    bits = 53 if dtype == torch.float64 else 24
+    return _shift_right(_bits(key, index), 64 - bits).to(dtype) * 2.0**-bits
+
+
+def normal(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers, one for each element of ``index`` (Box and Muller, 1958).
+
+    Args:
+        key: An int, or a 0-d int64 tensor.
+        index: int64 tensor of any shape; equal indices give equal numbers.
+        dtype: float32 or float64.
+
+    Returns:
+        Tensor of ``index``'s shape.
+    """
+    radius = torch.sqrt(-2.0 * torch.log1p(-uniform(fold(key, "radius"), index, dtype)))
+    return radius * torch.cos((2.0 * math.pi) * uniform(fold(key, "angle"), index, dtype))
+
+
+@torch.no_grad()
+def fill_normal_(param: Tensor, std: float, key: int, *, truncate: float | None = None) -> Tensor:
+    """Fill a parameter with normal numbers of one key, element by element.
+
+    Args:
+        param: Tensor of any shape, contiguous; overwritten.
+        std: Standard deviation before truncation.
+        key: The parameter's key.
+        truncate: Cut the distribution off at this many standard deviations; None does not.
+
+    Returns:
+        ``param``.
+    """
+    flat = param.view(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        index = torch.arange(start, min(start + _CHUNK, flat.numel()), device=param.device)
+        if truncate is None:
+            values = normal(key, index)
+        else:
+            tail = 0.5 * math.erfc(truncate / math.sqrt(2.0))
+            values = torch.special.ndtri(tail + (1.0 - 2.0 * tail) * uniform(key, index))
+        flat[start : start + len(index)] = (std * values).to(param.dtype)
+    return param
+
+
+def fill_expert_normal_(
+    param: Tensor, std: float, key: int, *, truncate: float | None = None
+) -> Tensor:
+    """Fill stacked expert parameters; expert ``e`` draws from its own key.
+
+    Args:
+        param: ``(E, ...)``, contiguous; overwritten.
+        std: Standard deviation before truncation.
+        key: The parameter's key; expert ``e`` uses ``fold(key, e)``.
+        truncate: As in ``fill_normal_``.
+
+    Returns:
+        ``param``.
+    """
+    for expert, values in enumerate(param.unbind(0)):
+        fill_normal_(values, std, fold(key, expert), truncate=truncate)
+    return param
+
+
+def fresh_seed() -> int:
+    """A seed drawn from torch's default generator, so that ``torch.manual_seed`` governs it."""
+    return int(torch.randint(0, 1 << 62, (), dtype=torch.int64, device="cpu"))
+
+
+@dataclass(frozen=True)
+class RandomKey:
+    """Names every random number of one forward pass.
+
+    Attributes:
+        seed: 0-d int64 tensor, made of the run's seed and the step.
+        token_index: int64 tensor with the leading shape of the layer's input (without D): the
+            index of each token in the step's global batch.
+    """
+
+    seed: Tensor
+    token_index: Tensor
+
+    @staticmethod
+    def of(seed: int, step: int, token_index: Tensor) -> "RandomKey":
+        """The key of one step; a tensor, so that compiled code serves every step."""
+        value = torch.tensor(fold(seed, "step", step), device=token_index.device)
+        return RandomKey(value, token_index)
