@@ -1,0 +1,14 @@
+"""Telling a first forward pass from its repetition in backward."""
+
+import torch
+
+
+def is_recompute() -> bool:
+    """Whether this forward pass repeats an earlier one for activation checkpointing.
+
+    The engine runs the repetition inside a backward pass, whose task then has an id. Gradient mode
+    does not tell: reentrant checkpointing runs the first pass without gradients.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1

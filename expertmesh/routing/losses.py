@@ -1,0 +1,293 @@
+"""Losses that keep the experts evenly used and the router's logits small.
+
+Each is a small frozen object: what it measures, over which tokens, and how strongly. Papers differ
+in all three under the same names; the value at perfect balance (before the coefficient) says which
+form is meant.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from expertmesh.errors import UserError, nearest
+from expertmesh.routing.noise import NoisyLogits
+from expertmesh.routing.scope import Scope, check_scope, scope_size
+from expertmesh.routing.selection import top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a loss may look at: one layer's scores and choices for one micro-batch.
+
+    Attributes:
+        logits: Router logits with and without noise.
+        score_TE: ``(T, E)`` softmax or sigmoid scores, with gradient.
+        chosen_TK: int64 ``(T, K)`` choices before capacity; E marks skipped choices and padding.
+        gate_TK: ``(T, K)`` combine weights before capacity.
+        padding_mask: bool ``(T,)``, True for padding, or None.
+        sequence_length: Tokens in a sequence, or None.
+    """
+
+    logits: NoisyLogits
+    score_TE: Tensor
+    chosen_TK: Tensor
+    gate_TK: Tensor
+    padding_mask: Tensor | None
+    sequence_length: int | None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.score_TE.shape[1]
+
+    @property
+    def k(self) -> int:
+        """Choices per token."""
+        return self.chosen_TK.shape[1]
+
+    def probability_TE(self) -> Tensor:
+        """Scores as a distribution over experts (sigmoid scores divided by their sum)."""
+        total_T1 = self.score_TE.sum(dim=1, keepdim=True)
+        return self.score_TE / total_T1.clamp_min(torch.finfo(total_T1.dtype).tiny)
+
+    def spread(self, value_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """``(T, K)`` values laid out by expert, ``(T, E)``; sentinels left out."""
+        num_tokens, num_experts = self.score_TE.shape
+        out = value_TK.new_zeros(num_tokens, num_experts + 1)
+        return out.scatter_add(1, chosen_TK, value_TK)[:, :num_experts]
+
+    def total(self, value_TE: Tensor, scope: Scope) -> Tensor:
+        """Sums over the valid tokens of each group: ``(T, ...)`` to ``(groups, ...)``."""
+        size = scope_size(scope, len(value_TE), self.sequence_length)
+        if self.padding_mask is not None:
+            mask = self.padding_mask.view(-1, *[1] * (value_TE.dim() - 1))
+            value_TE = torch.where(mask, torch.zeros_like(value_TE), value_TE)
+        return value_TE.reshape(-1, size, *value_TE.shape[1:]).sum(dim=1)
+
+    def num_tokens(self, scope: Scope) -> Tensor:
+        """Valid tokens of each group, ``(groups,)``, in the scores' dtype."""
+        return self.total(torch.ones_like(self.score_TE[:, 0]), scope)
+
+
+def _mean_over_groups(value_G: Tensor, tokens_G: Tensor) -> Tensor:
+    """Mean over the groups that hold a token; 0 if none does."""
+    occupied_G = tokens_G > 0
+    kept_G = torch.where(occupied_G, value_G, torch.zeros_like(value_G))
+    return kept_G.sum() / occupied_G.sum().clamp_min(1)
+
+
+class BalanceLoss(ABC):
+    """A loss of one layer's routing. Final subclasses are frozen dataclasses with ``coef``."""
+
+    name: str
+    coef: float
+
+    @abstractmethod
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """The loss with its coefficient, a scalar; 0 without tokens."""
+
+
+def _top1_times_mean(evidence: Evidence, scope: Scope) -> Tensor:
+    """E sum_e f_e P_e, f_e the share of tokens whose first choice is e."""
+    ones_T1 = torch.ones_like(evidence.score_TE[:, :1])
+    first_TE = evidence.spread(ones_T1, evidence.chosen_TK[:, :1])
+    return evidence.num_experts * _product(evidence, first_TE, scope)
+
+
+def _all_choices(evidence: Evidence, scope: Scope) -> Tensor:
+    """E / k sum_e f_e P_e, f_e the choices of e per token."""
+    return _summed_choices(evidence, scope) / evidence.k
+
+
+def _summed_choices(evidence: Evidence, scope: Scope) -> Tensor:
+    """E sum_e f_e P_e, f_e the choices of e per token."""
+    ones_TK = torch.ones_like(evidence.gate_TK)
+    hits_TE = evidence.spread(ones_TK, evidence.chosen_TK)
+    return evidence.num_experts * _product(evidence, hits_TE, scope)
+
+
+def _paper_gshard(evidence: Evidence, scope: Scope) -> Tensor:
+    """(1/E) sum_e f_e P_e with first choices, literally as printed."""
+    return _top1_times_mean(evidence, scope) / evidence.num_experts**2
+
+
+def _unbiased_choices(evidence: Evidence, scope: Scope) -> Tensor:
+    """E / k sum_e f_e P_e, f_e from the top k of scores without the selection bias."""
+    best_TK = top_k(evidence.score_TE.detach(), evidence.k)
+    hits_TE = evidence.spread(torch.ones_like(evidence.gate_TK), best_TK)
+    return evidence.num_experts / evidence.k * _product(evidence, hits_TE, scope)
+
+
+def _product(evidence: Evidence, hits_TE: Tensor, scope: Scope) -> Tensor:
+    """sum_e f_e P_e for each group."""
+    tokens_G1 = evidence.num_tokens(scope).clamp_min(1)[:, None]
+    fraction_GE = evidence.total(hits_TE, scope) / tokens_G1
+    mean_GE = evidence.total(evidence.probability_TE(), scope) / tokens_G1
+    return (fraction_GE.detach() * mean_GE).sum(dim=1)
+
+
+FORMS: dict[str, Callable[[Evidence, Scope], Tensor]] = {
+    "switch": _top1_times_mean,
+    "megablocks": _all_choices,
+    "huggingface": _summed_choices,
+    "gshard_paper": _paper_gshard,
+    "deepseek_v3": _unbiased_choices,
+}
+"""Forms of the load-balancing loss and their value at perfect balance.
+
+switch: 1 (Switch eq. 4; GShard's and DeepSpeed's code); megablocks: 1 (also DeepSeekMoE, Megatron);
+huggingface: k (also flaxformer); gshard_paper: 1/E^2 (GShard Algorithm 1 as printed);
+deepseek_v3: 1 (its eq. 17-20; f from scores without bias).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadBalancingLoss(BalanceLoss):
+    """``E sum_e f_e P_e``: share of choices times mean probability, in one of its forms.
+
+    The share f carries no gradient; it flows through the mean probability P.
+
+    Attributes:
+        coef: What multiplies it.
+        form: A key of ``FORMS``.
+        scope: The tokens of one statistic; groups are averaged. ``"sequence"`` is the sequence-wise
+            loss of DeepSeek-V2 and V3.
+        name: Its key in ``Routing.losses``.
+    """
+
+    coef: float
+    form: str = "switch"
+    scope: Scope = "micro_batch"
+    name: str = "balance"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UserError(
+                f"balance loss form must be one of {', '.join(FORMS)}, got {self.form!r}"
+                + nearest(self.form, FORMS)
+            )
+        check_scope("balance loss scope", self.scope)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        value_G = FORMS[self.form](evidence, self.scope)
+        return self.coef * _mean_over_groups(value_G, evidence.num_tokens(self.scope))
+
+
+def squared_cv(value_GE: Tensor, variance: Literal["population", "unbiased"]) -> Tensor:
+    """Squared coefficient of variation along the last dim: variance / mean^2.
+
+    Args:
+        value_GE: ``(groups, E)``.
+        variance: ``"population"`` divides by E (tensor2tensor), ``"unbiased"`` by E - 1 (Tutel).
+
+    Returns:
+        ``(groups,)``; 0 for one expert.
+    """
+    if value_GE.shape[-1] == 1:
+        return torch.zeros_like(value_GE[..., 0])
+    mean_G1 = value_GE.mean(dim=-1, keepdim=True)
+    freedom = value_GE.shape[-1] - (1 if variance == "unbiased" else 0)
+    spread_G = ((value_GE - mean_G1) ** 2).sum(dim=-1) / freedom
+    return spread_G / (mean_G1[..., 0] ** 2 + 1e-10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceLoss(BalanceLoss):
+    """CV^2 of the experts' summed weights (Shazeer et al., arXiv 1701.06538, eq. 6-7).
+
+    0 at balance.
+
+    Attributes:
+        coef: What multiplies it.
+        of: ``"gates"``, the weights of chosen experts (Shazeer), or ``"probabilities"`` (V-MoE).
+        variance: See ``squared_cv``.
+        scope: The tokens of one statistic.
+        name: Its key in ``Routing.losses``.
+    """
+
+    coef: float
+    of: Literal["gates", "probabilities"] = "gates"
+    variance: Literal["population", "unbiased"] = "population"
+    scope: Scope = "micro_batch"
+    name: str = "importance"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        if self.of == "gates":
+            value_TE = evidence.spread(evidence.gate_TK, evidence.chosen_TK)
+        else:
+            value_TE = evidence.probability_TE()
+        cv_G = squared_cv(evidence.total(value_TE, self.scope), self.variance)
+        return self.coef * _mean_over_groups(cv_G, evidence.num_tokens(self.scope))
+
+
+def smooth_load(logits: NoisyLogits, k: int) -> Tensor:
+    """P(x, i): the chance that expert i is among the k best if its own noise is drawn again.
+
+    Shazeer et al., arXiv 1701.06538, eq. 8-9: Phi((clean_i - kth_excluding(noisy, k, i)) / std_i).
+
+    Args:
+        logits: With additive normal noise.
+        k: Choices per token.
+
+    Returns:
+        ``(T, E)``. For k = E every chance is 1.
+
+    Raises:
+        ValueError: If the noise has no standard deviation.
+    """
+    if logits.std_TE is None:
+        raise UserError(
+            "the load loss needs additive normal noise on the logits; "
+            "set noise to NormalNoise or LearnedNoise"
+        )
+    if k == logits.clean_TE.shape[1]:
+        return torch.ones_like(logits.clean_TE)
+    best = logits.noisy_TE.topk(k + 1, dim=1).values
+    kth, next_one = best[:, k - 1 : k], best[:, k : k + 1]
+    # Without expert i the k-th best is the (k+1)-th of all if i is among the k best, else the k-th.
+    threshold_TE = torch.where(logits.noisy_TE >= kth, next_one, kth)
+    return torch.special.ndtr((logits.clean_TE - threshold_TE) / logits.std_TE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadLoss(BalanceLoss):
+    """CV^2 of the smooth load estimate (Shazeer et al., arXiv 1701.06538, eq. 10-11). 0 at balance.
+
+    Attributes:
+        coef: What multiplies it.
+        variance: See ``squared_cv``.
+        scope: The tokens of one statistic.
+        name: Its key in ``Routing.losses``.
+    """
+
+    coef: float
+    variance: Literal["population", "unbiased"] = "population"
+    scope: Scope = "micro_batch"
+    name: str = "load"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        load_GE = evidence.total(smooth_load(evidence.logits, evidence.k), self.scope)
+        cv_G = squared_cv(load_GE, self.variance)
+        return self.coef * _mean_over_groups(cv_G, evidence.num_tokens(self.scope))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZLoss(BalanceLoss):
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Attributes:
+        coef: What multiplies it; the paper's is 1e-3.
+        name: Its key in ``Routing.losses``.
+    """
+
+    coef: float
+    name: str = "z"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        square_T = evidence.logits.clean_TE.logsumexp(dim=1) ** 2
+        total = evidence.total(square_T, "micro_batch").sum()
+        return self.coef * total / evidence.num_tokens("micro_batch").sum().clamp_min(1)

@@ -1,0 +1,190 @@
+"""Routers as their papers and released models set them."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from expertmesh.errors import UserError, nearest
+from expertmesh.routing.bias import SelectionBias
+from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.group_limit import GroupLimit
+from expertmesh.routing.losses import BalanceLoss, LoadBalancingLoss, ZLoss
+from expertmesh.routing.noise import InputJitter
+from expertmesh.routing.second_choice import RandomSecond, ThresholdSecond
+from expertmesh.routing.topk import TopKRouter
+
+Options = dict[str, Any]
+
+
+def _switch(dim: int, num_experts: int) -> Options:
+    """Switch Transformer (arXiv 2101.03961): top-1, raw probability, jitter, capacity."""
+    return {
+        "k": 1,
+        "noise": InputJitter(1e-2),
+        "capacity": Capacity(factor=1.25, eval_factor=2.0, formula="switch"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+        "init_std": (0.1 / dim) ** 0.5,
+    }
+
+
+def _gshard(dim: int, num_experts: int) -> Options:
+    """GShard (arXiv 2006.16668) in its code's form: top-2, weights shared before dropping.
+
+    The paper gives capacity out per local group: set ``capacity_scope`` to the group's tokens.
+    """
+    return {
+        "k": 2,
+        "renormalize": "chosen",
+        "skip": RandomSecond(0.5),
+        "capacity": Capacity(factor=2.0, eval_factor=2.0, formula="lingvo"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+    }
+
+
+def _st_moe(dim: int, num_experts: int) -> Options:
+    """ST-MoE (arXiv 2202.08906): top-2, raw probabilities, second at least 0.2 of the first."""
+    return {
+        "k": 2,
+        "skip": ThresholdSecond(0.2),
+        "capacity": Capacity(factor=1.25, eval_factor=2.0, formula="flaxformer"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="huggingface"), ZLoss(coef=1e-3)),
+    }
+
+
+def _mixtral(dim: int, num_experts: int) -> Options:
+    """Mixtral (arXiv 2401.04088): top-2, softmax over the chosen, dropless."""
+    return {
+        "k": 2,
+        "renormalize": "chosen",
+        "losses": (LoadBalancingLoss(coef=1e-3, form="huggingface"),),
+    }
+
+
+def _olmoe(dim: int, num_experts: int) -> Options:
+    """OLMoE (arXiv 2409.02060): top-8, raw probabilities, dropless, z-loss."""
+    return {
+        "k": 8,
+        "losses": (LoadBalancingLoss(coef=1e-2, form="megablocks"), ZLoss(coef=1e-3)),
+    }
+
+
+def _qwen3_moe(dim: int, num_experts: int) -> Options:
+    """Qwen3-MoE (arXiv 2505.09388): top-8, softmax over the chosen, dropless."""
+    return {
+        "k": 8,
+        "renormalize": "chosen",
+        "losses": (LoadBalancingLoss(coef=1e-3, form="huggingface"),),
+    }
+
+
+def _deepseek_v2(dim: int, num_experts: int) -> Options:
+    """DeepSeek-V2-Lite (arXiv 2405.04434, B): top-6, raw probabilities, sequence-wise loss.
+
+    The large V2 adds ``scale=16`` and ``GroupLimit(num_groups=8, kept=3, score="max")``.
+    """
+    return {
+        "k": 6,
+        "losses": (LoadBalancingLoss(coef=1e-3, form="megablocks", scope="sequence"),),
+        "init_std": 6e-3,
+    }
+
+
+def _deepseek_v3(dim: int, num_experts: int) -> Options:
+    """DeepSeek-V3 (arXiv 2412.19437): sigmoid, selection bias, 4 of 8 groups, scale 2.5."""
+    return {
+        "k": 8,
+        "score": "sigmoid",
+        "renormalize": "chosen",
+        "scale": 2.5,
+        "bias": SelectionBias(num_experts, rate=1e-3),
+        "group_limit": GroupLimit(num_groups=8, kept=4),
+        "losses": (LoadBalancingLoss(coef=1e-4, form="deepseek_v3", scope="sequence"),),
+        "init_std": 6e-3,
+    }
+
+
+ROUTER_PRESETS: Mapping[str, Callable[[int, int], Options]] = {
+    "switch": _switch,
+    "gshard": _gshard,
+    "st_moe": _st_moe,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
+    "qwen3_moe": _qwen3_moe,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+}
+"""Name to a function of (D, E) that gives ``TopKRouter``'s arguments."""
+
+
+def router_preset(
+    name: str,
+    *,
+    dim: int,
+    num_experts: int,
+    balance_coef: float | None = None,
+    z_coef: float | None = None,
+    bias_rate: float | None = None,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> TopKRouter:
+    """A router by the name of the paper or model that introduced it.
+
+    Args:
+        name: A key of ``ROUTER_PRESETS``.
+        dim: D.
+        num_experts: E.
+        balance_coef: Coefficient of the balance loss in place of the preset's; 0 leaves it out.
+        z_coef: Likewise for the z-loss; it may be added to presets without one.
+        bias_rate: Gives the router a selection bias of this rate, in place of the preset's.
+        device: Where to make the parameters.
+        overrides: Any argument of ``TopKRouter``, in place of the preset's. ``capacity`` and
+            ``group_limit`` may be given as a table of their fields.
+
+    Returns:
+        The router.
+
+    Raises:
+        ValueError: For an unknown name or argument, with the nearest match.
+    """
+    if name not in ROUTER_PRESETS:
+        raise UserError(
+            f"router must be one of {', '.join(ROUTER_PRESETS)}, got {name!r}"
+            + nearest(name, ROUTER_PRESETS)
+        )
+    options = ROUTER_PRESETS[name](dim, num_experts)
+    known = inspect.signature(TopKRouter).parameters.keys() - {"dim", "num_experts", "device"}
+    for option in overrides:
+        if option not in known:
+            raise UserError(
+                f"router option {option!r} is unknown{nearest(option, known)} "
+                f"(options: {', '.join(sorted(known))})"
+            )
+    for option, kind in (("capacity", Capacity), ("group_limit", GroupLimit)):
+        if isinstance(overrides.get(option), Mapping):
+            overrides[option] = kind(**overrides[option])
+    options |= overrides
+    if bias_rate is not None:
+        options["bias"] = SelectionBias(num_experts, bias_rate)
+    losses = options.get("losses", ())
+    losses = _with_coef(losses, LoadBalancingLoss, balance_coef)
+    options["losses"] = _with_coef(losses, ZLoss, z_coef)
+    return TopKRouter(dim, num_experts, device=device, **options)
+
+
+def _with_coef(
+    losses: tuple[BalanceLoss, ...],
+    kind: type[LoadBalancingLoss] | type[ZLoss],
+    coef: float | None,
+) -> tuple[BalanceLoss, ...]:
+    """The losses with one kind's coefficient set, added or (at 0) left out."""
+    if coef is None:
+        return losses
+    changed = tuple(
+        dataclasses.replace(loss, coef=coef) if isinstance(loss, kind) else loss for loss in losses
+    )
+    if not any(isinstance(loss, kind) for loss in losses):
+        changed = (*losses, kind(coef=coef))
+    return tuple(loss for loss in changed if loss.coef != 0)

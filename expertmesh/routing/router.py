@@ -1,0 +1,52 @@
+"""The interface of every router."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from expertmesh.random import RandomKey
+from expertmesh.routing.routing import Routing
+
+
+class Router(nn.Module, ABC):
+    """Maps tokens to experts. Subclasses are final.
+
+    Attributes:
+        num_experts: E.
+        dim: D.
+        layer: Index that sets this router's random draws apart from those of other layers.
+    """
+
+    num_experts: int
+    dim: int
+    layer: int
+
+    @abstractmethod
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        sequence_length: int | None = None,
+        key: RandomKey | None = None,
+        routing: Routing | None = None,
+    ) -> Routing:
+        """Decide which experts take which tokens.
+
+        Args:
+            x_TD: ``(T, D)``.
+            token_ids: int64 ``(T,)``; vocabulary ids, for routers that look at them.
+            padding_mask: bool ``(T,)``, True for padding: takes no slot, enters no statistic.
+            sequence_length: Tokens in a sequence; T is a multiple of it.
+            key: Names the random numbers; None draws a seed from torch's generator.
+            routing: A recorded decision to carry out again. Its expert ids are taken, its weights
+                are computed anew from this router's scores, with gradient.
+
+        Returns:
+            The decision. Scores and weights are float32 or wider whatever autocast says.
+        """
+
+    @abstractmethod
+    def reset_parameters(self, seed: int) -> None:
+        """Draw the initial values again, a function of the seed alone."""

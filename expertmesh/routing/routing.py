@@ -1,0 +1,42 @@
+"""What a router decided."""
+
+from dataclasses import dataclass, field
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which experts take which tokens, with which weight. A pytree.
+
+    Shapes are static: a choice that is not carried out keeps its place and names expert ``E``, the
+    sentinel, with weight zero.
+
+    Attributes:
+        num_experts: E.
+        expert_TK: int64 ``(T, K)``; E where a choice was dropped, skipped, or belongs to padding.
+        weight_TK: ``(T, K)``, float32 or wider; what multiplies the expert's output.
+        chosen_TK: int64 ``(T, K)``; the k best, before any was skipped by rule or dropped.
+        load_E: int64 ``(E,)``; choices that name each expert, those later dropped included.
+        dropped_TK: bool ``(T, K)``; choices that overflowed their expert's capacity.
+        logits_TE: ``(T, E)`` router logits before noise on the logits, or None.
+        losses: Balance losses by name, each with its coefficient; empty in evaluation.
+    """
+
+    num_experts: int
+    expert_TK: Tensor
+    weight_TK: Tensor
+    chosen_TK: Tensor
+    load_E: Tensor
+    dropped_TK: Tensor
+    logits_TE: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_dropped(self) -> Tensor:
+        """int64 scalar; choices that overflowed their expert's capacity."""
+        return self.dropped_TK.sum()
+
+
+pytree.register_dataclass(Routing)

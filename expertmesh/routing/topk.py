@@ -1,0 +1,265 @@
+"""Token choice: each token takes the k experts that score highest."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from expertmesh import random
+from expertmesh.errors import UserError, nearest
+from expertmesh.random import RandomKey
+from expertmesh.routing.bias import SelectionBias
+from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.decision import decision
+from expertmesh.routing.draw import Draw
+from expertmesh.routing.group_limit import GroupLimit
+from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.noise import Noise, NoisyLogits
+from expertmesh.routing.router import Router
+from expertmesh.routing.routing import Routing
+from expertmesh.routing.second_choice import SkipRule
+from expertmesh.routing.selection import count_experts, top_k
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+
+Renormalize = Literal["no", "chosen", "kept"]
+_FLOAT = torch.float32
+
+
+class TopKRouter(Router):
+    """Scores every expert for each token and takes the k best; ties go to the lowest index.
+
+    1. logits ``x W^T`` in float32 or wider, with noise in training;
+    2. scores: softmax or sigmoid;
+    3. selection by score (plus bias, within groups), k per token;
+    4. weights: the scores of the chosen, renormalised or not, times ``scale``;
+    5. later choices may be skipped by rule, and choices beyond capacity are dropped;
+    6. balance losses, in training.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        k: Experts per token.
+        score: ``"softmax"`` or ``"sigmoid"``.
+        renormalize: Whether weights are divided by their sum: ``"no"``; over the ``"chosen"`` k
+            (GShard, Mixtral; a choice that survives dropping keeps its share); or over those
+            ``"kept"`` after dropping (DeepSpeed).
+        scale: Multiplies the weights (DeepSeek's routed scaling factor).
+        noise: Exploration noise, or None.
+        skip: Leaves out later choices of small weight, or None.
+        capacity: Limit per expert, or None for dropless.
+        bias: Selection bias (loss-free balancing), or None.
+        group_limit: Opens only the best groups of experts to a token, or None.
+        losses: Balance losses; their names differ.
+        init_std: Standard deviation of the initial weights; 0 starts them at zero.
+        seed: Of the initial weights; None draws one from torch's generator.
+        layer: Index that sets this router's draws apart from other layers'.
+
+    Raises:
+        ValueError: For arguments that don't fit together, naming what to set.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        renormalize: Renormalize = "no",
+        scale: float = 1.0,
+        noise: Noise | None = None,
+        skip: SkipRule | None = None,
+        capacity: Capacity | None = None,
+        bias: SelectionBias | None = None,
+        group_limit: GroupLimit | None = None,
+        losses: Sequence[BalanceLoss] = (),
+        init_std: float = 0.02,
+        seed: int | None = None,
+        layer: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check(dim, num_experts, k, score, renormalize, losses)
+        if group_limit is not None:
+            group_limit.check(num_experts, k)
+        self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
+        self.score, self.renormalize, self.scale = score, renormalize, scale
+        self.noise, self.bias = noise, bias
+        self.skip, self.capacity, self.group_limit = skip, capacity, group_limit
+        self.losses = tuple(losses)
+        self.init_std = init_std
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        if not self.weight_ED.is_meta:
+            self.reset_parameters(random.fresh_seed() if seed is None else seed)
+
+    def reset_parameters(self, seed: int) -> None:
+        """Draw ``weight_ED`` from N(0, init_std^2), bounded at two standard deviations.
+
+        The bound is that of Switch (arXiv 2101.03961, 2.4), harmless for the others.
+        """
+        random.fill_normal_(self.weight_ED, self.init_std, random.fold(seed, "weight"), truncate=2)
+        if self.noise is not None:
+            self.noise.reset_parameters(random.fold(seed, "noise"))
+        if self.bias is not None:
+            self.bias.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """What sets this router apart."""
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, score={self.score}, "
+            f"renormalize={self.renormalize}, scale={self.scale}, capacity={self.capacity}, "
+            f"losses={[loss.name for loss in self.losses]}"
+        )
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        sequence_length: int | None = None,
+        key: RandomKey | None = None,
+        routing: Routing | None = None,
+    ) -> Routing:
+        """See ``Router.forward``; ``token_ids`` are not looked at."""
+        if padding_mask is not None:
+            x_TD = torch.where(padding_mask[:, None], torch.zeros_like(x_TD), x_TD)
+        draw = Draw(key, self.layer, len(x_TD), x_TD.device, self.training)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits = self._logits(x_TD, draw)
+            score_TE = SCORES[self.score](logits.noisy_TE)
+            if routing is None:
+                chosen_TK = self._choose(score_TE, padding_mask)
+            else:
+                chosen_TK = routing.chosen_TK
+            gate_TK = self._gates(score_TE, chosen_TK)
+            if routing is None:
+                expert_TK, load_E, dropped_TK = self._admit(
+                    chosen_TK, gate_TK.detach(), sequence_length, draw
+                )
+            else:
+                expert_TK, load_E = routing.expert_TK, routing.load_E
+                dropped_TK = routing.dropped_TK
+            losses = {}
+            if self.training and self.losses:
+                evidence = Evidence(
+                    logits=logits,
+                    score_TE=score_TE,
+                    chosen_TK=chosen_TK,
+                    gate_TK=gate_TK,
+                    padding_mask=padding_mask,
+                    sequence_length=sequence_length,
+                )
+                losses = {loss.name: loss(evidence) for loss in self.losses}
+        if self.bias is not None:
+            self.bias.count(chosen_TK)
+        return Routing(
+            num_experts=self.num_experts,
+            expert_TK=expert_TK,
+            weight_TK=self._weights(gate_TK, expert_TK),
+            chosen_TK=chosen_TK,
+            load_E=load_E,
+            dropped_TK=dropped_TK,
+            logits_TE=logits.clean_TE,
+            losses=losses,
+        )
+
+    def _logits(self, x_TD: Tensor, draw: Draw) -> NoisyLogits:
+        wide = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight_ED.dtype), _FLOAT)
+        x_TD, weight_ED = x_TD.to(wide), self.weight_ED.to(wide)
+        if self.training and self.noise is not None:
+            return self.noise(x_TD, weight_ED, draw)
+        logits_TE = x_TD @ weight_ED.T
+        return NoisyLogits(logits_TE, logits_TE)
+
+    @torch.no_grad()
+    def _choose(self, score_TE: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if self.bias is not None:
+            score_TE = score_TE + self.bias.bias_E
+        if self.group_limit is not None:
+            score_TE = self.group_limit.mask(score_TE)
+        chosen_TK = top_k(score_TE, self.k)
+        if padding_mask is not None:
+            chosen_TK = torch.where(padding_mask[:, None], self.num_experts, chosen_TK)
+        return decision(chosen_TK)
+
+    def _gates(self, score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
+        """What each choice weighs before any is skipped or dropped."""
+        score_TK = score_TE.gather(1, chosen_TK.clamp_max(self.num_experts - 1))
+        gate_TK = torch.where(chosen_TK < self.num_experts, score_TK, 0.0)
+        if self.renormalize == "chosen":
+            gate_TK = _over_sum(gate_TK)
+        return self.scale * gate_TK
+
+    @torch.no_grad()
+    def _admit(
+        self, chosen_TK: Tensor, gate_TK: Tensor, sequence_length: int | None, draw: Draw
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choices that are carried out, the load they ask for, and those that overflowed."""
+        wanted_TK = chosen_TK
+        if self.skip is not None:
+            skipped_TK = self.skip(gate_TK, draw, training=self.training)
+            wanted_TK = decision(torch.where(skipped_TK, self.num_experts, chosen_TK))
+        load_E = count_experts(wanted_TK, self.num_experts)
+        if self.capacity is None:
+            return wanted_TK, load_E, torch.zeros_like(wanted_TK, dtype=torch.bool)
+        expert_TK = decision(
+            self.capacity.drop(
+                wanted_TK,
+                gate_TK,
+                self.num_experts,
+                training=self.training,
+                sequence_length=sequence_length,
+                draw=draw,
+            )
+        )
+        return expert_TK, load_E, wanted_TK != expert_TK
+
+    def _weights(self, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        """Gates of the choices that are carried out, zero elsewhere."""
+        weight_TK = torch.where(expert_TK < self.num_experts, gate_TK, 0.0)
+        return self.scale * _over_sum(weight_TK) if self.renormalize == "kept" else weight_TK
+
+
+def _over_sum(gate_TK: Tensor) -> Tensor:
+    """Each row divided by its sum; a row of zeros stays zero."""
+    total_T1 = gate_TK.sum(dim=1, keepdim=True)
+    return gate_TK / total_T1.clamp_min(torch.finfo(gate_TK.dtype).tiny)
+
+
+def _check(
+    dim: int,
+    num_experts: int,
+    k: int,
+    score: str,
+    renormalize: str,
+    losses: Sequence[BalanceLoss],
+) -> None:
+    for field, value in (("dim", dim), ("num_experts", num_experts)):
+        if value < 1:
+            raise UserError(f"{field} must be at least 1, got {value}")
+    if not 1 <= k <= num_experts:
+        raise UserError(
+            f"k must be between 1 and num_experts={num_experts}, got {k}; "
+            f"set k <= {num_experts} or raise num_experts"
+        )
+    if score not in SCORES:
+        raise UserError(
+            f"score must be one of {', '.join(SCORES)}, got {score!r}" + nearest(score, SCORES)
+        )
+    if renormalize not in ("no", "chosen", "kept"):
+        raise UserError(f"renormalize must be 'no', 'chosen' or 'kept', got {renormalize!r}")
+    if k == 1 and renormalize != "no":
+        raise UserError(
+            f"renormalize={renormalize!r} with k=1 makes every weight 1, so the router gets no "
+            "gradient from the task; set renormalize='no' or k >= 2"
+        )
+    names = [loss.name for loss in losses]
+    if len(set(names)) < len(names):
+        raise UserError(f"losses must have different names, got {names}; set name on each")
