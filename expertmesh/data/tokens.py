@@ -1,0 +1,140 @@
+"""A corpus as two streams of token ids on disk, one to train on and one held out."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertmesh.data.cache import building, cache_root, discard, verified
+from expertmesh.data.fetch import Say, say_to_stderr
+from expertmesh.data.split import split
+from expertmesh.data.text import Corpus
+from expertmesh.data.tokenizer import Tokenizer
+from expertmesh.errors import UserError
+
+# Change when the files' layout or the split changes: old caches are then not read.
+_FORMAT = 1
+_DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents laid end to end, each closed by the end-of-document token.
+
+    Attributes:
+        tokens: ``(num_tokens,)``, memory-mapped.
+        offsets: ``(num_documents + 1,)`` int64, where documents start; the last is the end.
+    """
+
+    tokens: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTokens:
+    """Both streams and what is known about them."""
+
+    train: TokenStream
+    val: TokenStream
+    facts: dict[str, Any]
+    """Counts and the kind of split, in JSON values."""
+
+
+def tokenize(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float,
+    cache: str | PathLike[str] | None = None,
+    say: Say = say_to_stderr,
+) -> SplitTokens:
+    """Token streams of a corpus, made once and then mapped from the cache.
+
+    The cache key is made of the corpus's content, the tokenizer and the split, so a changed file is
+    never mistaken for the old one. A damaged copy is made anew, and ``say`` is told.
+
+    Args:
+        corpus: The documents.
+        tokenizer: Gives the ids.
+        val_fraction: Share held out, in ``[0, 1)``; see ``split``.
+        cache: As in ``fetch``.
+        say: As in ``fetch``.
+
+    Raises:
+        UserError: If the corpus holds no text.
+    """
+    recipe = json.dumps([_FORMAT, corpus.identity, tokenizer.identity, val_fraction])
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:24]
+    folder = cache_root(cache) / "tokens" / key
+    if folder.exists():
+        try:
+            return _load(folder)
+        except UserError as error:
+            say(str(error))
+            discard(folder)
+    facts: dict[str, Any] = {}
+    with building(folder, facts) as work:
+        facts |= _write(work, corpus, tokenizer, val_fraction)
+    return _load(folder)
+
+
+def _load(folder: Path) -> SplitTokens:
+    manifest = verified(folder, "it is made anew")
+    streams = [_open(folder, part, manifest["dtype"]) for part in ("train", "val")]
+    facts = {name: value for name, value in manifest.items() if name not in ("files", "dtype")}
+    return SplitTokens(train=streams[0], val=streams[1], facts=facts)
+
+
+def _open(folder: Path, part: str, dtype: str) -> TokenStream:
+    offsets = np.load(folder / f"{part}_offsets.npy", allow_pickle=False)
+    path = folder / f"{part}.bin"
+    # An empty file cannot be mapped.
+    tokens = np.memmap(path, dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
+    return TokenStream(tokens, offsets)
+
+
+def _write(work: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> dict[str, Any]:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    how, pieces = split(corpus.documents, val_fraction)
+    ends: dict[str, list[int]] = {"train": [0], "val": [0]}
+    with (work / "train.bin").open("wb") as train, (work / "val.bin").open("wb") as val:
+        files = {"train": train, "val": val}
+        for part, ids in _encoded(pieces, tokenizer):
+            np.append(ids, tokenizer.eos_id).astype(dtype).tofile(files[part])
+            ends[part].append(ends[part][-1] + len(ids) + 1)
+    if not ends["train"][-1]:
+        raise UserError(f"data.source {corpus.provenance['source']!r} holds no text")
+    for part, offsets in ends.items():
+        np.save(work / f"{part}_offsets.npy", np.asarray(offsets, np.int64), allow_pickle=False)
+    return {
+        "dtype": dtype.name,
+        "split": how,
+        "train_documents": len(ends["train"]) - 1,
+        "val_documents": len(ends["val"]) - 1,
+        "train_tokens": ends["train"][-1],
+        "val_tokens": ends["val"][-1],
+    }
+
+
+def _encoded(
+    pieces: Iterable[tuple[str, str]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, NDArray[np.int32]]]:
+    """Ids of each piece, many at once for tokenizers that are parallel inside."""
+    pieces = iter(pieces)
+    while chunk := list(islice(pieces, _DOCUMENTS_AT_ONCE)):
+        for (part, _), ids in zip(
+            chunk, tokenizer.encode_many([text for _, text in chunk]), strict=True
+        ):
+            if len(ids):
+                yield part, ids

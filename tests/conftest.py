@@ -1,0 +1,9 @@
+"""What all tests share."""
+
+import os
+
+import torch
+
+# Workers of pytest-xdist share the cores: more threads than cores is slower than one each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
