@@ -1,1 +1,77 @@
-"""Mixture-of-Experts for PyTorch: one layer, the same numbers on every mesh."""
+"""Mixture-of-Experts for PyTorch: one layer, the same numbers on every mesh.
+
+The public names are those below; models, data, training and reports live in the sub-packages
+``expertmesh.models``, ``expertmesh.data``, ``expertmesh.train``, ``expertmesh.report``,
+``expertmesh.hf`` and ``expertmesh.testing``.
+"""
+
+from expertmesh.errors import MissingDependency, UserError
+from expertmesh.experts import (
+    Experts,
+    GatedMLPExperts,
+    HeterogeneousExperts,
+    MLPExperts,
+    ModuleExperts,
+)
+from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
+from expertmesh.metrics import Metric, RoutingSummary, summarize
+from expertmesh.random import RandomKey
+from expertmesh.routing import (
+    Capacity,
+    GroupLimit,
+    ImportanceLoss,
+    InputJitter,
+    LearnedNoise,
+    LoadBalancingLoss,
+    LoadLoss,
+    NormalNoise,
+    RandomSecond,
+    Router,
+    Routing,
+    SelectionBias,
+    ThresholdSecond,
+    TopKRouter,
+    UniformNoise,
+    ZLoss,
+    router_preset,
+    update_selection_bias,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Capacity",
+    "Experts",
+    "GatedMLPExperts",
+    "GroupLimit",
+    "HeterogeneousExperts",
+    "ImportanceLoss",
+    "InputJitter",
+    "LearnedNoise",
+    "LoadBalancingLoss",
+    "LoadLoss",
+    "MLPExperts",
+    "Metric",
+    "MissingDependency",
+    "MoE",
+    "MoELoss",
+    "ModuleExperts",
+    "NormalNoise",
+    "RandomKey",
+    "RandomSecond",
+    "Router",
+    "Routing",
+    "RoutingSummary",
+    "SelectionBias",
+    "ThresholdSecond",
+    "TopKRouter",
+    "UniformNoise",
+    "UserError",
+    "ZLoss",
+    "__version__",
+    "moe_layers",
+    "router_preset",
+    "set_loss_scale",
+    "summarize",
+    "update_selection_bias",
+]

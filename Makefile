@@ -1,0 +1,52 @@
+# make demo   install, fetch text, train a small MoE, evaluate, generate, report
+# make test   install what the tests need and run them
+# See CONTRIBUTING.md for the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/nano
+PROMPT := Fellow citizens of the Senate
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
+.PHONY: demo install install-dev test test-all test-gpu lint types clean
+
+demo: install
+	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN)
+	$(BIN)/expertmesh eval $(RUN)
+	$(BIN)/expertmesh generate $(RUN) --prompt "$(PROMPT)" --max-new-tokens 300 --seed 0
+	$(BIN)/expertmesh report $(RUN)
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "expertmesh needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V);" \
+	       "set PYTHON, for example: make demo PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[hf,report]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: install-dev
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: install-dev
+	$(PYTEST) -m "not gpu"
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
