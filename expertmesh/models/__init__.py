@@ -1,0 +1,7 @@
+"""Whole models built from the layer."""
+
+from expertmesh.models.config import DecoderConfig
+from expertmesh.models.decoder import DecoderLM
+from expertmesh.models.presets import decoder_preset, decoder_presets
+
+__all__ = ["DecoderConfig", "DecoderLM", "decoder_preset", "decoder_presets"]

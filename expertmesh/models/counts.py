@@ -1,0 +1,96 @@
+"""Parameters and floating point operations of a decoder, by arithmetic on its configuration.
+
+Matrices and vectors are counted apart, because only matrices multiply.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from expertmesh.models.config import DecoderConfig
+
+
+def num_params(config: DecoderConfig) -> int:
+    """All parameters of the model."""
+    return _matrices(config, config.num_experts) + _vectors(config) + _lookups(config)
+
+
+def num_active_params(config: DecoderConfig) -> int:
+    """All parameters but those of the E - K experts that a token does not choose."""
+    return _matrices(config, config.experts_per_token) + _vectors(config) + _lookups(config)
+
+
+def flops_per_token(config: DecoderConfig, seq_len: int) -> int:
+    """Forward operations per token; the formula stands at ``DecoderConfig.flops_per_token``."""
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}; set a length")
+    key_width, value_width = _head_widths(config)
+    per_block = config.num_heads * (key_width + value_width) * (seq_len + 1)
+    return 2 * _matrices(config, config.experts_per_token) + config.num_layers * per_block
+
+
+def _matrices(config: DecoderConfig, num_experts: int) -> int:
+    """Weights that multiply, with so many experts counted in each MoE block."""
+    num_dense = config.num_layers - config.num_moe_layers
+    dense = _gated_mlp(config.dim, config.dense_hidden or 0)
+    expert = _gated_mlp(config.dim, config.expert_hidden)
+    moe = _router(config) + (num_experts + config.num_shared_experts) * expert
+    return (
+        config.num_layers * _attention_matrices(config)
+        + num_dense * dense
+        + config.num_moe_layers * moe
+        + config.vocab_size * config.dim
+    )
+
+
+def _lookups(config: DecoderConfig) -> int:
+    """Tables from which a row is taken: the embedding, unless it is the output's weight too."""
+    rows = 0 if config.tied_embeddings else config.vocab_size
+    rows += config.max_seq_len if config.position == "learned" else 0
+    return rows * config.dim
+
+
+def _vectors(config: DecoderConfig) -> int:
+    norms = (2 * config.num_layers + 1) * config.dim
+    if config.attention == "mla":
+        return norms + config.num_layers * ((config.q_lora_rank or 0) + (config.kv_lora_rank or 0))
+    heads = {"none": 0, "head": 2, "full": config.num_heads + config.kv_heads}[config.qk_norm]
+    return norms + config.num_layers * heads * config.head_width
+
+
+def _head_widths(config: DecoderConfig) -> tuple[int, int]:
+    """Widths of a head's key and value."""
+    if config.attention == "mla":
+        key = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0)
+        return key, config.v_head_dim or 0
+    return config.head_width, config.head_width
+
+
+def _attention_matrices(config: DecoderConfig) -> int:
+    dim, heads = config.dim, config.num_heads
+    key_width, value_width = _head_widths(config)
+    if config.attention == "gqa":
+        return dim * key_width * (2 * heads + 2 * config.kv_heads)
+    q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank or 0
+    q = dim * heads * key_width
+    if q_rank is not None:
+        q = dim * q_rank + q_rank * heads * key_width
+    kv_down = dim * (kv_rank + (config.qk_rope_head_dim or 0))
+    kv_up = kv_rank * heads * ((config.qk_nope_head_dim or 0) + value_width)
+    return q + kv_down + kv_up + heads * value_width * dim
+
+
+def _gated_mlp(dim: int, hidden: int) -> int:
+    return 3 * dim * hidden
+
+
+def _router(config: DecoderConfig) -> int:
+    """Asked of the router itself: some learn their noise as well."""
+    if config.num_experts == 0:
+        return 0
+    with torch.device("meta"):
+        router = config.build_router()
+    return sum(param.numel() for param in router.parameters())

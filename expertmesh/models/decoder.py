@@ -1,0 +1,184 @@
+"""The decoder-only language model."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expertmesh.models.block import DenseBlock, MoEBlock
+from expertmesh.models.checkpointing import run_block, run_block_checkpointed
+from expertmesh.models.config import DecoderConfig
+from expertmesh.models.context import (
+    BlockContext,
+    KeyValueCache,
+    attention_mask_of,
+    positions_of,
+)
+from expertmesh.models.init import init_weights
+from expertmesh.models.norm import RMSNorm
+from expertmesh.models.rotary import Rotation
+from expertmesh.random import RandomKey
+from expertmesh.routing.routing import Routing
+
+
+class DecoderLM(nn.Module):
+    """Token ids in, logits of the next token out.
+
+    The model is laid out without memory and then given values on the default device; inside
+    ``with torch.device("meta")`` it stays without, for ``to_empty`` and ``init_weights`` later,
+    which lead to the same values.
+
+    Args:
+        config: The shape.
+        seed: Of the initial values.
+
+    Example:
+        >>> model = DecoderLM(decoder_preset("nano"))
+        >>> logits = model(torch.randint(258, (2, 16)))
+    """
+
+    def __init__(self, config: DecoderConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(config.vocab_size, config.dim)
+            self.positions = (
+                nn.Embedding(config.max_seq_len, config.dim)
+                if config.position == "learned"
+                else None
+            )
+            self.blocks = nn.ModuleList(
+                MoEBlock(config, index) if config.is_moe(index) else DenseBlock(config, index)
+                for index in range(config.num_layers)
+            )
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            # A tied output has no module of its own: two names of one parameter would part in
+            # `to_empty`, and be written twice.
+            self.head = (
+                None
+                if config.tied_embeddings
+                else nn.Linear(config.dim, config.vocab_size, bias=False)
+            )
+        self._run_block = run_block
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(seed)
+
+    def init_weights(self, seed: int) -> None:
+        """Give every parameter its initial value, by its name; norms 1, weights N(0, init_std)."""
+        init_weights(self, seed, self.config.init_std)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only each block's input and its routing decisions, and recompute in backward."""
+        self._run_block = run_block_checkpointed
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        key: RandomKey | None = None,
+        routing: Mapping[int, Routing] | None = None,
+        record: dict[int, Routing] | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the token after each position.
+
+        Args:
+            tokens_BS: int64 token ids, ``(B, S)``.
+            padding_mask: Bool ``(B, P + S)``, True at padding on either side, where P positions
+                are cached; None if there is none. Give None where you can: attention needs no
+                stored mask then.
+            key: Names the random numbers of this step; None draws from torch's generator.
+            routing: Recorded decisions to follow, by block index; other blocks decide.
+            record: A dict that MoE blocks fill with their decisions, by block index. With
+                ``losses="return"`` the balance losses are then in there, and not with the model.
+            cache: Holds earlier keys and values and is extended, such as transformers'
+                ``DynamicCache``.
+            positions: int64 ``(B or 1, S)``. None counts from the first token that is no padding.
+
+        Returns:
+            ``(B, S, V)``.
+        """
+        hidden_BSD = self.hidden(
+            tokens_BS,
+            padding_mask=padding_mask,
+            key=key,
+            routing=routing,
+            record=record,
+            cache=cache,
+            positions=positions,
+        )
+        return self.logits(hidden_BSD)
+
+    def logits(self, hidden_BSD: Tensor) -> Tensor:
+        """The output layer alone: ``(..., D)`` to ``(..., V)``."""
+        output = self.embedding if self.head is None else self.head
+        return F.linear(hidden_BSD, output.weight)
+
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        key: RandomKey | None = None,
+        routing: Mapping[int, Routing] | None = None,
+        record: dict[int, Routing] | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The model without its output layer: ``(B, S, D)`` after the last norm.
+
+        The arguments are those of ``forward``.
+        """
+        past = 0 if cache is None else cache.get_seq_length()
+        self._check(tokens_BS, padding_mask, past)
+        if positions is None:
+            positions = positions_of(padding_mask, past, tokens_BS)
+        x_BSD = self._embed(tokens_BS, positions)
+        context = BlockContext(
+            tokens_BS=tokens_BS,
+            padding_mask_BS=None if padding_mask is None else padding_mask[:, past:],
+            attention_mask=attention_mask_of(padding_mask, past, tokens_BS),
+            rotation=self._rotation(positions, x_BSD.dtype),
+            key=key,
+            cache=cache,
+            replay={} if routing is None else routing,
+            record=record,
+        )
+        for block in self.blocks:
+            x_BSD = self._run_block(block, x_BSD, context)
+        return self.norm(x_BSD)
+
+    def _embed(self, tokens_BS: Tensor, positions: Tensor) -> Tensor:
+        x_BSD = self.embedding(tokens_BS)
+        return x_BSD if self.positions is None else x_BSD + self.positions(positions)
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation | None:
+        if self.config.position != "rotary":
+            return None
+        width = self.config.qk_rope_head_dim or self.config.head_width
+        return Rotation.of(positions, width, self.config.rope_theta, dtype)
+
+    def _check(self, tokens_BS: Tensor, padding_mask: Tensor | None, past: int) -> None:
+        if tokens_BS.dim() != 2:
+            raise ValueError(f"tokens must have shape (B, S), got {tuple(tokens_BS.shape)}")
+        batch, new = tokens_BS.shape
+        if padding_mask is not None and padding_mask.shape != (batch, past + new):
+            raise ValueError(
+                f"padding_mask must have shape (B, P + S)=({batch}, {past + new}), "
+                f"got {tuple(padding_mask.shape)}; it covers cached positions too"
+            )
+        if padding_mask is not None and padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"padding_mask must be bool, True at padding, got {padding_mask.dtype}; "
+                "set padding_mask = attention_mask == 0"
+            )
+        if self.positions is not None and past + new > self.config.max_seq_len:
+            raise ValueError(
+                f"the sequence must be at most max_seq_len={self.config.max_seq_len} long with "
+                f"learned positions, got {past + new}; set max_seq_len, or position='rotary'"
+            )

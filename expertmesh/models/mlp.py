@@ -1,0 +1,26 @@
+"""The dense gated MLP."""
+
+from torch import Tensor, nn
+
+from expertmesh.kernels.activations import resolve_activation
+
+
+class GatedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))`` without biases (Shazeer, 2020).
+
+    Args:
+        dim: Width D of input and output.
+        hidden: Hidden width F.
+        activation: Name of the gate's activation.
+    """
+
+    def __init__(self, dim: int, hidden: int, activation: str = "silu") -> None:
+        super().__init__()
+        self.activation = resolve_activation(activation)
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x ``(..., D)``. Returns the same shape."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -1,0 +1,182 @@
+"""Checks of a decoder's configuration, each with the message that mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from expertmesh.errors import nearest
+from expertmesh.kernels.activations import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from expertmesh.models.config import DecoderConfig
+
+LATENT_FIELDS = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+ROUTER_FIELDS = {
+    "dim": "the model's dim",
+    "num_experts": "the model's num_experts",
+    "k": "experts_per_token",
+    "layer": "the block's index",
+    "seed": "made of the model's",
+    "device": "the model's",
+    "dtype": "the model's",
+}
+EXPERT_FIELDS = ("experts_per_token", "expert_hidden", "num_shared_experts", "first_dense")
+
+
+def check_config(config: DecoderConfig) -> None:
+    """Refuse values that are out of range, and values that would do nothing.
+
+    Raises:
+        ValueError: Names the field, what was expected, what came, and what to set.
+    """
+    for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len", "moe_every"):
+        _at_least(config, name, 1)
+    for name in ("first_dense", "num_experts", "num_shared_experts"):
+        _at_least(config, name, 0)
+    for name in ("norm_eps", "init_std", "rope_theta"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    _one_of(config, "losses", ("attach", "return"))
+    _one_of(config, "activation", ACTIVATIONS)
+    _one_of(config, "position", ("rotary", "learned", "none"))
+    _one_of(config, "attention", ("gqa", "mla"))
+    if config.attention == "gqa":
+        _check_grouped(config)
+    else:
+        _check_latent(config)
+    _check_experts(config)
+    _check_dense(config)
+
+
+def _check_grouped(config: DecoderConfig) -> None:
+    _one_of(config, "qk_norm", ("none", "head", "full"))
+    for name in LATENT_FIELDS:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} has no meaning for attention='gqa', got {getattr(config, name)}; "
+                f"set attention='mla' or leave {name} out"
+            )
+    if config.head_dim is None and config.dim % config.num_heads:
+        raise ValueError(
+            f"num_heads must divide dim={config.dim}, got {config.num_heads}; "
+            "set head_dim, or num_heads to a divisor"
+        )
+    if config.head_dim is not None:
+        _at_least(config, "head_dim", 1)
+    if config.num_kv_heads is not None:
+        _at_least(config, "num_kv_heads", 1)
+        if config.num_heads % config.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads={config.num_heads}, "
+                f"got {config.num_kv_heads}; set a divisor"
+            )
+    if config.position == "rotary" and config.head_width % 2:
+        raise ValueError(
+            f"head_dim must be even for rotary positions, got {config.head_width}; "
+            f"set head_dim={config.head_width + 1} or position='learned'"
+        )
+
+
+def _check_latent(config: DecoderConfig) -> None:
+    for name in ("num_kv_heads", "head_dim"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} has no meaning for attention='mla', got {getattr(config, name)}; "
+                "set qk_nope_head_dim, qk_rope_head_dim and v_head_dim instead"
+            )
+    if config.qk_norm != "none":
+        raise ValueError(
+            f"qk_norm must be 'none' for attention='mla', which norms its latents, "
+            f"got {config.qk_norm!r}"
+        )
+    for name in LATENT_FIELDS:
+        if name != "q_lora_rank" or config.q_lora_rank is not None:
+            _at_least(config, name, 1)
+    if config.qk_rope_head_dim is not None and config.qk_rope_head_dim % 2:
+        raise ValueError(
+            f"qk_rope_head_dim must be even, got {config.qk_rope_head_dim}; "
+            f"set {config.qk_rope_head_dim + 1}"
+        )
+    if config.position != "rotary":
+        raise ValueError(
+            f"position must be 'rotary' for attention='mla', got {config.position!r}; "
+            "set it, or attention='gqa'"
+        )
+
+
+def _check_experts(config: DecoderConfig) -> None:
+    if config.num_experts == 0:
+        for name in EXPERT_FIELDS:
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name} has no meaning without experts, got {getattr(config, name)}; "
+                    f"set num_experts, or {name}=0"
+                )
+        if config.moe_every != 1 or config.router_options:
+            raise ValueError(
+                f"moe_every={config.moe_every} and router_options={config.router_options} have no "
+                "meaning without experts; set num_experts, or leave them out"
+            )
+        return
+    _at_least(config, "expert_hidden", 1)
+    _check_router_options(config)
+    if not 1 <= config.experts_per_token <= config.num_experts:
+        raise ValueError(
+            f"experts_per_token must be between 1 and num_experts={config.num_experts}, "
+            f"got {config.experts_per_token}; set experts_per_token <= {config.num_experts}"
+        )
+    if config.num_moe_layers == 0:
+        raise ValueError(
+            f"no block is MoE with num_layers={config.num_layers}, moe_every={config.moe_every}, "
+            f"first_dense={config.first_dense}; lower the last two, or set num_experts=0"
+        )
+
+
+def _check_router_options(config: DecoderConfig) -> None:
+    for option, value in config.router_options.items():
+        if option in ROUTER_FIELDS:
+            raise ValueError(
+                f"router_options.{option} is not an option: the router's {option} is "
+                f"{ROUTER_FIELDS[option]}; set that"
+            )
+        if not _is_plain(value):
+            raise ValueError(
+                f"router_options.{option} must be a number, text, table or None, which a run file "
+                f"can hold, got {type(value).__name__}; build an MoE layer for more"
+            )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _check_dense(config: DecoderConfig) -> None:
+    if config.num_moe_layers < config.num_layers:
+        _at_least(config, "dense_hidden", 1)
+    elif config.dense_hidden is not None:
+        raise ValueError(
+            f"dense_hidden has no meaning when every block is MoE, got {config.dense_hidden}; "
+            "leave it out, or set moe_every or first_dense"
+        )
+
+
+def _at_least(config: DecoderConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; set it")
+
+
+def _one_of(config: DecoderConfig, name: str, options: Iterable[str]) -> None:
+    value, options = getattr(config, name), list(options)
+    if value not in options:
+        hint = nearest(str(value), options)
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}{hint}")
