@@ -1,0 +1,9 @@
+"""Experts: stacked weights behind one call."""
+
+from expertmesh.experts.base import Experts
+from expertmesh.experts.gated import GatedMLPExperts
+from expertmesh.experts.heterogeneous import HeterogeneousExperts
+from expertmesh.experts.mlp import MLPExperts
+from expertmesh.experts.module import ModuleExperts
+
+__all__ = ["Experts", "GatedMLPExperts", "HeterogeneousExperts", "MLPExperts", "ModuleExperts"]

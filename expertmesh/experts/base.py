@@ -1,0 +1,58 @@
+"""What the layer asks of its experts."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Experts(nn.Module, ABC):
+    """All experts of one layer behind one call.
+
+    Attributes:
+        num_experts: Number of experts E.
+        dim: Width D of the rows.
+        hidden_separable: Whether the output is a sum over hidden units, so that a rank may hold
+            a slice of each expert.
+    """
+
+    num_experts: int
+    dim: int
+    hidden_separable: bool
+
+    def __init__(self, num_experts: int, dim: int) -> None:
+        super().__init__()
+        for name, value in (("num_experts", num_experts), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_experts = num_experts
+        self.dim = dim
+
+    @abstractmethod
+    def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        """The weighted sum of each row's experts.
+
+        Args:
+            x_RD: Rows, ``(R, D)``.
+            expert_RK: Expert ids, ``(R, K)``; E means no expert and contributes nothing.
+            weight_RK: Combine weights, ``(R, K)``.
+
+        Returns:
+            ``(R, D)`` in x's dtype.
+        """
+
+    @abstractmethod
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draw the initial values again.
+
+        Args:
+            seed: They depend on it, on the expert, and on the parameter's name, not on device,
+                mesh or order. None draws a seed from torch's generator.
+        """
+
+    def _check(self, x_RD: Tensor) -> None:
+        if x_RD.dim() != 2 or x_RD.shape[1] != self.dim:
+            width = x_RD.shape[-1] if x_RD.dim() else 0
+            raise ValueError(
+                f"x has width {width} and shape {tuple(x_RD.shape)}, experts were built for "
+                f"rows of dim={self.dim}; build them with dim={width}, or give (rows, {self.dim})"
+            )

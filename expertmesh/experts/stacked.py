@@ -1,0 +1,87 @@
+"""What the two MLP families share: stacked parameters, their initial values, their printing."""
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from expertmesh.experts.base import Experts
+from expertmesh.kernels.activations import Activation, activation_name, resolve_activation
+from expertmesh.random import fill_expert_normal_, fold, fresh_seed
+
+
+class StackedMLPExperts(Experts):
+    """Experts of two projections and an activation between them, ``[E, ...]`` each.
+
+    Attributes:
+        hidden: Hidden width F of one expert.
+        activation: The function between the projections.
+        init_std: Standard deviation of all initial weights, or None.
+        backend: Which implementation runs.
+    """
+
+    hidden_separable = True
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        activation: str | Activation,
+        init_std: float | None,
+        backend: str,
+    ) -> None:
+        super().__init__(num_experts, dim)
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        if init_std is not None and not (math.isfinite(init_std) and init_std >= 0):
+            raise ValueError(f"init_std must be a number >= 0 or None, got {init_std}")
+        self.hidden = hidden
+        self.activation = resolve_activation(activation)
+        self.init_std = init_std
+        self.backend = backend
+
+    @property
+    @abstractmethod
+    def fan_in(self) -> dict[str, int]:
+        """The number of inputs of each weight, by parameter name. Biases are not in it."""
+
+    def _register(
+        self,
+        weights: dict[str, tuple[int, ...]],
+        biases: dict[str, tuple[int, ...]],
+        *,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        for name, shape in weights.items():
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
+        for name, shape in biases.items():
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty) if bias else None)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Normal weights of standard deviation ``init_std``, or ``fan_in ** -0.5``; zero biases."""
+        seed = fresh_seed() if seed is None else seed
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in self.fan_in:
+                std = self.fan_in[name] ** -0.5 if self.init_std is None else self.init_std
+                fill_expert_normal_(parameter, std, fold(seed, name))
+            else:
+                parameter.zero_()
+
+    def _draw(self, seed: int | None, parameter: Tensor) -> None:
+        """Initial values at construction; a meta device has no place for them."""
+        if not parameter.is_meta:
+            self.reset_parameters(seed)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, "
+            f"activation={activation_name(self.activation)}, backend={self.backend}"
+        )

@@ -1,0 +1,112 @@
+"""Activations by name, and the step from pre-activation to hidden units with its gradient."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertmesh.errors import nearest
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks and Gimpel, 2016, section 2)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": torch.nn.functional.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def resolve_activation(activation: str | Activation) -> Activation:
+    """The callable behind a name; a callable is returned as it is.
+
+    Raises:
+        ValueError: If the name is not in the table, or a module with parameters is given: the
+            experts' gradient does not reach them.
+    """
+    if not isinstance(activation, str):
+        if isinstance(activation, torch.nn.Module) and any(True for _ in activation.parameters()):
+            raise ValueError(
+                f"activation must have no parameters, got {type(activation).__name__}; "
+                "put the whole expert in ModuleExperts instead"
+            )
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(sorted(ACTIVATIONS))} or a callable from "
+            f"tensor to tensor, got {activation!r}{nearest(activation, ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[activation]
+
+
+def activation_name(activation: Activation) -> str:
+    """The name of an activation, for printing."""
+    for name, function in ACTIVATIONS.items():
+        if function is activation:
+            return name
+    return getattr(activation, "__name__", repr(activation))
+
+
+def hidden_units(activation: Activation, pre: Tensor, gated: bool) -> Tensor:
+    """From pre-activations to what the down projection reads.
+
+    Args:
+        activation: Elementwise function.
+        pre: ``(..., 2 F)`` with the gate first where gated, else ``(..., F)``.
+        gated: Whether the second half is multiplied with the activated first half.
+
+    Returns:
+        ``(..., F)``.
+    """
+    if not gated:
+        return activation(pre)
+    gate, linear = pre.chunk(2, dim=-1)
+    return activation(gate) * linear
+
+
+class HiddenGradient(NamedTuple):
+    """The hidden units once more, and the rule that takes their gradient to ``pre``'s."""
+
+    hidden: Tensor
+    backward: Callable[[Tensor], Tensor]
+
+
+def hidden_units_vjp(activation: Activation, pre: Tensor, gated: bool) -> HiddenGradient:
+    """Recompute the hidden units and keep what their gradient needs.
+
+    Args:
+        activation: Elementwise function.
+        pre: As in ``hidden_units``.
+        gated: As in ``hidden_units``.
+
+    Returns:
+        ``hidden`` ``(..., F)``, and ``backward``: ``(..., F)`` to the shape of ``pre``; it is
+        called at most once.
+    """
+    if not gated:
+        active, backward = _vjp(activation, pre)
+        return HiddenGradient(active, backward)
+    gate, linear = pre.chunk(2, dim=-1)
+    active, gate_backward = _vjp(activation, gate)
+
+    def gated_backward(grad: Tensor) -> Tensor:
+        return torch.cat([gate_backward(grad * linear), grad * active], dim=-1)
+
+    return HiddenGradient(active * linear, gated_backward)
+
+
+def _vjp(activation: Activation, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    if torch.compiler.is_compiling():  # autograd.grad does not trace inside a backward
+        pulled = torch.func.vjp(activation, x)
+        return pulled[0], lambda grad: pulled[1](grad)[0]
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        traced = activation(leaf)
+    return traced.detach(), lambda grad: torch.autograd.grad(traced, leaf, grad)[0]

@@ -1,0 +1,154 @@
+"""The expert computation over grouped products: whole buffers, no loop over experts.
+
+One autograd function with the dataflow of ``loop.py``, which ``torch.compile`` can trace. It
+saves x and the pre-activation. Rows of sentinels lie past the last group, hold anything, and are
+masked where rows come back to their tokens.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertmesh.kernels.activations import hidden_units, hidden_units_vjp
+from expertmesh.kernels.backends import Problem
+from expertmesh.kernels.dtypes import cast, without_autocast
+from expertmesh.kernels.grouped_gemm import GroupedGemm, TorchGroupedMM
+from expertmesh.kernels.grouped_gemm.torch_grouped_mm import ALIGNMENT, DTYPES
+from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
+from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+
+
+class GroupedMLP(MLPBackend):
+    """``torch.nn.functional.grouped_mm`` for every product."""
+
+    name: ClassVar[str] = "grouped_mm"
+    summary: ClassVar[str] = "torch's grouped_mm in one autograd function; CUDA bfloat16"
+
+    def refusal(self, problem: Problem) -> str | None:
+        if not hasattr(torch.nn.functional, "grouped_mm"):
+            return "this torch has no torch.nn.functional.grouped_mm"
+        if problem.device.type not in ("cpu", "cuda"):
+            return f"grouped_mm has no kernel for {problem.device.type}"
+        if problem.dtype not in DTYPES:
+            return f"grouped_mm takes float32, float16 and bfloat16, not {problem.dtype}"
+        if problem.compiling and problem.dtype != torch.bfloat16:
+            return "torch.compile traces grouped_mm for bfloat16 only"
+        return _misaligned(problem) or _device_refusal(problem)
+
+    def suits(self, problem: Problem) -> bool:
+        return problem.device.type == "cuda" and problem.dtype == torch.bfloat16
+
+    def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
+        return run_grouped(operands, spec, TorchGroupedMM())
+
+
+def _misaligned(problem: Problem) -> str | None:
+    for name, width in (("dim", problem.dim), ("hidden", problem.hidden)):
+        if width * problem.dtype.itemsize % ALIGNMENT != 0:
+            multiple = ALIGNMENT // problem.dtype.itemsize
+            return f"{name} must be a multiple of {multiple} for {problem.dtype}, got {width}"
+    return None
+
+
+def _device_refusal(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return None
+    if torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return "grouped_mm needs compute capability 8.0"
+    if problem.capturing and problem.dtype != torch.bfloat16:
+        return "grouped_mm reads the row counts on the host unless the dtype is bfloat16"
+    return None
+
+
+def run_grouped(operands: MLPOperands, spec: MLPSpec, gemm: GroupedGemm) -> Tensor:
+    """The operation over any grouped product."""
+    grouping = group_by_expert(operands.expert_RK, operands.num_experts)
+    expert_N = operands.expert_RK.reshape(-1)[grouping.order_N]
+    expert_N = expert_N.clamp(max=operands.num_experts - 1)
+    return _GroupedFunction.apply(*operands.differentiable, *grouping, expert_N, spec, gemm)
+
+
+class _GroupedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weight_RK: Tensor,
+        up_EHD: Tensor,
+        down_EDF: Tensor,
+        up_bias_EH: Tensor | None,
+        down_bias_ED: Tensor | None,
+        order_N: Tensor,
+        inverse_RK: Tensor,
+        offsets_E: Tensor,
+        valid_RK: Tensor,
+        expert_N: Tensor,
+        spec: MLPSpec,
+        gemm: GroupedGemm,
+    ) -> Tensor:
+        grouping = Grouping(order_N, inverse_RK, offsets_E, valid_RK)
+        x_ND = x_RD.index_select(0, grouping.row_N)
+        pre_NH = gemm.matmul(x_ND, up_EHD.mT, offsets_E)
+        if up_bias_EH is not None:
+            pre_NH = pre_NH + up_bias_EH[expert_N]
+        hidden_NF = hidden_units(spec.activation, pre_NH, spec.gated)
+        out_ND = gemm.matmul(hidden_NF, down_EDF.mT, offsets_E)
+        if down_bias_ED is not None:
+            out_ND = out_ND + down_bias_ED[expert_N]
+        ctx.save_for_backward(
+            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, pre_NH, *grouping, expert_N
+        )
+        ctx.spec, ctx.gemm = spec, gemm
+        return cast(combine(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy_RD.device.type):
+            return (*_gradients(ctx, dy_RD), *[None] * 7)
+
+
+def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+    x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, pre_NH, *rest = ctx.saved_tensors
+    *fields, expert_N = rest
+    grouping, spec, gemm = Grouping(*fields), ctx.spec, ctx.gemm
+    wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = (
+        ctx.needs_input_grad[:6]
+    )
+    wants_pre = wants_x or wants_up or wants_up_bias
+    offsets_E, weight_N1 = grouping.offsets_E, weight_RK.reshape(-1)[grouping.order_N].unsqueeze(1)
+    dx = dweight = dup = ddown = dup_bias = ddown_bias = None
+
+    dy_ND = dy_RD.to(x_RD.dtype).index_select(0, grouping.row_N)
+    hidden_NF, pre_gradient = hidden_units_vjp(spec.activation, pre_NH, spec.gated)
+    if wants_pre or wants_weight:
+        dhidden_NF = gemm.matmul(dy_ND, down_EDF, offsets_E)
+    if wants_weight:
+        share_N = (dhidden_NF.to(spec.sum_dtype) * hidden_NF).sum(-1)
+        if down_bias_ED is not None:
+            share_N = share_N + (dy_ND.to(spec.sum_dtype) * down_bias_ED[expert_N]).sum(-1)
+        dweight = share_N[grouping.inverse_RK].masked_fill(~grouping.valid_RK, 0)
+        dweight = cast(dweight, weight_RK.dtype)
+    dy_ND = (dy_ND * weight_N1).to(x_RD.dtype)
+    if wants_down:
+        ddown = gemm.outer(dy_ND, hidden_NF, offsets_E)
+    if wants_down_bias:
+        ddown_bias = _sum_groups(gemm, dy_ND, offsets_E)
+    if wants_pre:
+        dpre_NH = pre_gradient((dhidden_NF * weight_N1).to(x_RD.dtype))
+        if wants_x:
+            dx_ND = gemm.matmul(dpre_NH, up_EHD, offsets_E)
+            dx = cast(combine(dx_ND, grouping, None, spec.sum_dtype), x_RD.dtype)
+        if wants_up:
+            dup = gemm.outer(dpre_NH, x_RD.index_select(0, grouping.row_N), offsets_E)
+        if wants_up_bias:
+            dup_bias = _sum_groups(gemm, dpre_NH, offsets_E)
+    return dx, dweight, dup, ddown, dup_bias, ddown_bias
+
+
+def _sum_groups(gemm: GroupedGemm, rows_NO: Tensor, offsets_E: Tensor) -> Tensor:
+    """Sum the rows of each group, by the same deterministic product with a block of ones."""
+    ones_NI = rows_NO.new_ones(rows_NO.shape[0], ALIGNMENT // rows_NO.dtype.itemsize)
+    return gemm.outer(rows_NO, ones_NI, offsets_E)[:, :, 0]

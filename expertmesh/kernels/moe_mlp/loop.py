@@ -1,0 +1,215 @@
+"""One expert after another, all of its steps while its rows are in the cache.
+
+The whole expert computation is one autograd function that saves x and the pre-activation, and
+nothing after it: the hidden units are recomputed in backward, and the gradient of the combine
+weights needs no output rows, since <dy, down h> = <down' dy, h> (SonicMoE, arXiv 2512.14080).
+Rows pass in blocks that fit the second-level cache, and big buffers are few, because a fresh
+page costs more than the arithmetic on it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertmesh.kernels.activations import hidden_units, hidden_units_vjp
+from expertmesh.kernels.backends import Problem
+from expertmesh.kernels.dtypes import cast, without_autocast
+from expertmesh.kernels.grouped_gemm import LoopGemm
+from expertmesh.kernels.grouped_gemm.matmul import matmul_transposed
+from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
+from expertmesh.kernels.moe_mlp.grouped import run_grouped
+from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+
+_BLOCK_ROWS = 1024
+
+
+class LoopMLP(MLPBackend):
+    """Every device and dtype. Reads the row counts on the host once per forward."""
+
+    name: ClassVar[str] = "loop"
+    summary: ClassVar[str] = "expert by expert in one autograd function; any dtype, float64 too"
+
+    def refusal(self, problem: Problem) -> str | None:
+        return "its row counts are read on the host" if problem.capturing else None
+
+    def suits(self, problem: Problem) -> bool:
+        return True
+
+    def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
+        if torch.compiler.is_compiling() or operands.x_RD.is_meta:
+            return run_grouped(operands, spec, LoopGemm())
+        grouping = group_by_expert(operands.expert_RK, operands.num_experts)
+        wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
+        keep = wanted and torch.is_grad_enabled()
+        return _LoopFunction.apply(*operands.differentiable, grouping, spec, keep)
+
+
+class _Block(NamedTuple):
+    """Rows of one expert, by grouped position."""
+
+    expert: int
+    start: int
+    stop: int
+    first: bool
+
+
+def _blocks(offsets_E: Tensor, dtype: torch.dtype) -> list[_Block]:
+    # A weight's gradient is summed over the blocks in its own dtype: narrow ones are not split.
+    size = _BLOCK_ROWS if dtype in (torch.float32, torch.float64) else None
+    blocks, start = [], 0
+    for expert, stop in enumerate(offsets_E.tolist()):
+        for begin in range(start, stop, size or max(1, stop - start)):
+            blocks.append(_Block(expert, begin, min(stop, begin + (size or stop)), begin == start))
+        start = stop
+    return blocks
+
+
+def _add(bias_EO: Tensor | None, expert: int, y_NO: Tensor) -> Tensor:
+    return y_NO if bias_EO is None else y_NO.add_(bias_EO[expert])
+
+
+class _LoopFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weight_RK: Tensor,
+        up_EHD: Tensor,
+        down_EDF: Tensor,
+        up_bias_EH: Tensor | None,
+        down_bias_ED: Tensor | None,
+        grouping: Grouping,
+        spec: MLPSpec,
+        keep: bool,
+    ) -> Tensor:
+        row_N, ups, downs = grouping.row_N, up_EHD.unbind(0), down_EDF.unbind(0)
+        blocks = _blocks(grouping.offsets_E, x_RD.dtype)
+        pre_blocks = []
+        out_ND = x_RD.new_empty(len(row_N), x_RD.shape[1])
+        for expert, start, stop, _ in blocks:
+            x_BD = x_RD.index_select(0, row_N[start:stop])
+            pre_BH = _add(up_bias_EH, expert, matmul_transposed(x_BD, ups[expert]))
+            hidden_BF = hidden_units(spec.activation, pre_BH, spec.gated)
+            out_BD = matmul_transposed(hidden_BF, downs[expert])
+            out_ND[start:stop] = _add(down_bias_ED, expert, out_BD)
+            if keep:
+                pre_blocks.append(pre_BH)
+        ctx.spec, ctx.blocks = spec, blocks
+        ctx.save_for_backward(
+            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *grouping, *pre_blocks
+        )
+        return cast(combine(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        operands, grouping, pre_blocks = _unpack(ctx.saved_tensors)
+        with without_autocast(dy_RD.device.type):
+            gradient = _Gradient(operands, grouping, ctx)
+            for block, pre_BH in zip(ctx.blocks, pre_blocks, strict=True):
+                gradient.add(block, pre_BH, dy_RD)
+            return (*gradient.finish(), None, None, None)
+
+
+def _unpack(saved: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Grouping, Sequence[Tensor]]:
+    # Reading saved_tensors twice would recompute twice under activation checkpointing.
+    operands, rest = tuple(saved[:5]), saved[5:]
+    split = len(Grouping._fields)
+    return operands, Grouping(*rest[:split]), rest[split:]
+
+
+class _Gradient:
+    """The gradients being filled, block by block; only those that are wanted."""
+
+    def __init__(self, operands: tuple[Tensor, ...], grouping: Grouping, ctx: Any) -> None:
+        x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED = operands
+        self.grouping = grouping
+        self.spec: MLPSpec = ctx.spec
+        self.x_RD, self.ups, self.downs = x_RD, up_EHD.unbind(0), down_EDF.unbind(0)
+        self.down_bias_ED = down_bias_ED
+        self.row_N = self.grouping.row_N
+        self.weight_N1 = weight_RK.reshape(-1)[self.grouping.order_N].unsqueeze(1)
+        wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = (
+            ctx.needs_input_grad[:6]
+        )
+        num_rows, dtype = len(self.row_N), self.spec.sum_dtype
+        idle = [e for e, count in enumerate(_counts(ctx.blocks, len(up_EHD))) if count == 0]
+        self.dx_ND = x_RD.new_empty(num_rows, x_RD.shape[1]) if wants_x else None
+        self.dweight_N = weight_RK.new_empty(num_rows, dtype=dtype) if wants_weight else None
+        self.dup_EHD = _buffer(up_EHD, idle) if wants_up else None
+        self.ddown_EDF = _buffer(down_EDF, idle) if wants_down else None
+        self.dup_bias_EH = up_EHD.new_zeros(up_EHD.shape[:2]) if wants_up_bias else None
+        self.ddown_bias_ED = down_EDF.new_zeros(down_EDF.shape[:2]) if wants_down_bias else None
+        self.wants_pre = wants_x or wants_up or wants_up_bias
+
+    def add(self, block: _Block, pre_BH: Tensor, dy_RD: Tensor) -> None:
+        """Take in one block's share."""
+        expert, start, stop, first = block
+        rows = slice(start, stop)
+        dy_BD = dy_RD.index_select(0, self.row_N[rows]).to(self.x_RD.dtype)
+        hidden_BF, pre_gradient = hidden_units_vjp(self.spec.activation, pre_BH, self.spec.gated)
+        dhidden_BF = None
+        if self.wants_pre or self.dweight_N is not None:
+            dhidden_BF = matmul_transposed(dy_BD, self.downs[expert].t())
+        if self.dweight_N is not None and dhidden_BF is not None:
+            dtype = self.spec.sum_dtype
+            share_B = torch.linalg.vecdot(dhidden_BF.to(dtype), hidden_BF.to(dtype))
+            if self.down_bias_ED is not None:
+                share_B = share_B + dy_BD.to(dtype) @ self.down_bias_ED[expert].to(dtype)
+            self.dweight_N[rows] = share_B
+        dy_BD = dy_BD.mul_(self.weight_N1[rows])
+        if self.ddown_EDF is not None:
+            _accumulate(self.ddown_EDF[expert], dy_BD, hidden_BF, first)
+        if self.ddown_bias_ED is not None:
+            self.ddown_bias_ED[expert] += dy_BD.sum(0)
+        if self.wants_pre and dhidden_BF is not None:
+            self._add_pre(block, pre_gradient(dhidden_BF.mul_(self.weight_N1[rows])))
+
+    def _add_pre(self, block: _Block, dpre_BH: Tensor) -> None:
+        expert, start, stop, first = block
+        if self.dx_ND is not None:
+            self.dx_ND[start:stop] = matmul_transposed(dpre_BH, self.ups[expert].t())
+        if self.dup_EHD is not None:
+            x_BD = self.x_RD.index_select(0, self.row_N[start:stop])
+            _accumulate(self.dup_EHD[expert], dpre_BH, x_BD, first)
+        if self.dup_bias_EH is not None:
+            self.dup_bias_EH[expert] += dpre_BH.sum(0)
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """Bring what lies by grouped position back to rows; in the order of ``forward``."""
+        dx_RD, dweight_RK = None, None
+        if self.dx_ND is not None:
+            dx_RD = combine(self.dx_ND, self.grouping, None, self.spec.sum_dtype)
+            dx_RD = dx_RD.to(self.x_RD.dtype)
+        if self.dweight_N is not None:
+            dweight_RK = self.dweight_N[self.grouping.inverse_RK]
+            dweight_RK = dweight_RK.masked_fill_(~self.grouping.valid_RK, 0)
+            dweight_RK = dweight_RK.to(self.weight_N1.dtype)
+        matrices = (self.dup_EHD, self.ddown_EDF, self.dup_bias_EH, self.ddown_bias_ED)
+        return (dx_RD, dweight_RK, *matrices)
+
+
+def _counts(blocks: list[_Block], num_experts: int) -> list[int]:
+    counts = [0] * num_experts
+    for expert, start, stop, _ in blocks:
+        counts[expert] += stop - start
+    return counts
+
+
+def _buffer(parameter: Tensor, idle: list[int]) -> Tensor:
+    """A gradient whose idle experts are zero; the others are written by their first block."""
+    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    for expert in idle:
+        gradient[expert].zero_()
+    return gradient
+
+
+def _accumulate(gradient_IO: Tensor, a_BI: Tensor, b_BO: Tensor, first: bool) -> None:
+    product_IO = matmul_transposed(a_BI.t(), b_BO.t())
+    if first:
+        gradient_IO.copy_(product_IO)
+    else:
+        gradient_IO.add_(product_IO)

@@ -1,0 +1,146 @@
+"""The operation as the rest of the library calls it: checks, dtypes, and the choice of backend."""
+
+import torch
+from torch import Tensor
+
+from expertmesh.kernels.activations import Activation, resolve_activation
+from expertmesh.kernels.backends import Problem, choose
+from expertmesh.kernels.dtypes import autocast_dtype, without_autocast
+from expertmesh.kernels.moe_mlp.gather import GatherMLP
+from expertmesh.kernels.moe_mlp.grouped import GroupedMLP
+from expertmesh.kernels.moe_mlp.loop import LoopMLP
+from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+from expertmesh.kernels.moe_mlp.reference import ReferenceMLP
+
+MLP_BACKENDS: tuple[MLPBackend, ...] = (GatherMLP(), GroupedMLP(), LoopMLP(), ReferenceMLP())
+"""Most specialised first: ``auto`` takes the first that can run the problem and suits it."""
+
+
+def moe_mlp(
+    x_RD: Tensor,
+    expert_RK: Tensor,
+    weight_RK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str | Activation = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """The weighted sum of each row's experts, ``y_r = sum_k weight_rk * expert_rk(x_r)``.
+
+    Grouping rows by expert, the matrix products, the activation and the weighted sum are one
+    operation with one gradient. It saves x and the pre-activation. The sum over k runs in float32
+    or wider, in the order of k. Repeated runs on one device give the same bits. Under autocast
+    the products run in the autocast dtype; the output has x's dtype.
+
+    Args:
+        x_RD: Rows, ``(R, D)``.
+        expert_RK: Expert ids ``(R, K)``, integers from 0 to E; the sentinel E contributes
+            nothing to the output nor to any gradient, whatever its weight holds.
+        weight_RK: Combine weights, ``(R, K)``.
+        up: ``(E, F, D)``, or for gated experts ``(E, 2, F, D)`` with the gate at index 0.
+        down: ``(E, D, F)``.
+        up_bias: ``up``'s shape without D, or None.
+        down_bias: ``(E, D)``, or None.
+        activation: A name (silu, gelu, gelu_tanh, relu) or an elementwise callable.
+        backend: ``"auto"``, or one of gather, grouped_mm, loop, reference.
+
+    Returns:
+        ``(R, D)`` in x's dtype. An expert without rows gets a zero gradient.
+
+    Raises:
+        ValueError: If shapes or dtypes disagree, or the forced backend cannot run this.
+    """
+    _check_shapes(x_RD, expert_RK, weight_RK, up, down, up_bias, down_bias)
+    _check_ids(expert_RK, up.shape[0])
+    dtype = _product_dtype(x_RD, (up, down, up_bias, down_bias))
+    with without_autocast(x_RD.device.type):
+        operands = MLPOperands(
+            x_RD.to(dtype),
+            expert_RK,
+            weight_RK,
+            up.to(dtype).flatten(1, -2),
+            down.to(dtype),
+            None if up_bias is None else up_bias.to(dtype).flatten(1),
+            None if down_bias is None else down_bias.to(dtype),
+        )
+        wide = torch.promote_types(torch.float32, dtype)
+        sum_dtype = torch.promote_types(wide, weight_RK.dtype)
+        gated = up.dim() == 4
+        spec = MLPSpec(resolve_activation(activation), gated, x_RD.dtype, sum_dtype)
+        return choose(MLP_BACKENDS, _problem(operands), backend).run(operands, spec)
+
+
+def _problem(operands: MLPOperands) -> Problem:
+    device = operands.x_RD.device
+    compiling = torch.compiler.is_compiling()
+    wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
+    on_stream = device.type == "cuda" and not compiling
+    return Problem(
+        device=device,
+        dtype=operands.x_RD.dtype,
+        num_experts=operands.num_experts,
+        num_assignments=operands.expert_RK.numel(),
+        dim=operands.down_EDF.shape[1],
+        hidden=operands.down_EDF.shape[2],
+        needs_grad=wanted and torch.is_grad_enabled(),
+        compiling=compiling,
+        capturing=on_stream and torch.cuda.is_current_stream_capturing(),
+    )
+
+
+def _product_dtype(x_RD: Tensor, parameters: tuple[Tensor | None, ...]) -> torch.dtype:
+    autocast = autocast_dtype(x_RD.device.type)
+    if autocast is not None and x_RD.dtype != torch.float64:
+        return autocast
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype != x_RD.dtype:
+            raise ValueError(
+                f"x must have the experts' dtype {parameter.dtype}, got {x_RD.dtype}; "
+                "convert one of them, or run under torch.autocast"
+            )
+    return x_RD.dtype
+
+
+def _check_ids(expert_RK: Tensor, num_experts: int) -> None:
+    """On the CPU only: elsewhere the check would wait for the device."""
+    if torch.compiler.is_compiling() or expert_RK.device.type != "cpu" or expert_RK.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(expert_RK))
+    if low < 0 or high > num_experts:
+        raise ValueError(
+            f"expert ids must be between 0 and num_experts={num_experts} (which means no expert), "
+            f"got {low} to {high}"
+        )
+
+
+def _check_shapes(
+    x_RD: Tensor,
+    expert_RK: Tensor,
+    weight_RK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    if up.dim() not in (3, 4) or (up.dim() == 4 and up.shape[1] != 2):
+        raise ValueError(f"up must be (E, F, D), or (E, 2, F, D) if gated, got {tuple(up.shape)}")
+    num_experts, hidden, dim = up.shape[0], up.shape[-2], up.shape[-1]
+    if x_RD.dim() != 2 or x_RD.shape[1] != dim:
+        raise ValueError(f"x must be (rows, dim={dim}), got {tuple(x_RD.shape)}")
+    if expert_RK.is_floating_point() or expert_RK.dim() != 2 or len(expert_RK) != len(x_RD):
+        raise ValueError(
+            f"expert ids must be integers of shape (rows={len(x_RD)}, k), got {expert_RK.dtype} "
+            f"of shape {tuple(expert_RK.shape)}"
+        )
+    expected = {
+        "weights": (weight_RK, tuple(expert_RK.shape)),
+        "down": (down, (num_experts, dim, hidden)),
+        "up_bias": (up_bias, tuple(up.shape[:-1])),
+        "down_bias": (down_bias, (num_experts, dim)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

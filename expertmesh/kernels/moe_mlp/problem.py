@@ -1,0 +1,68 @@
+"""The operands of the operation, and what a backend of it is."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertmesh.kernels.activations import Activation
+from expertmesh.kernels.backends import Backend
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """What is not a tensor.
+
+    Attributes:
+        activation: Elementwise function.
+        gated: Whether the up projection holds gate and up one after the other.
+        out_dtype: The output's dtype.
+        sum_dtype: What the sum over choices and the weights' gradient accumulate in.
+    """
+
+    activation: Activation
+    gated: bool
+    out_dtype: torch.dtype
+    sum_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class MLPOperands:
+    """Tensors in the dtype of the matrix products, gate and up flattened: H is F or 2 F.
+
+    Attributes:
+        x_RD: Rows.
+        expert_RK: Expert ids, E for a sentinel.
+        weight_RK: Combine weights, float32 or wider.
+        up_EHD: First projection.
+        down_EDF: Second projection.
+        up_bias_EH: Bias of the first projection, or None.
+        down_bias_ED: Bias of the second projection, or None.
+    """
+
+    x_RD: Tensor
+    expert_RK: Tensor
+    weight_RK: Tensor
+    up_EHD: Tensor
+    down_EDF: Tensor
+    up_bias_EH: Tensor | None
+    down_bias_ED: Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        return self.up_EHD.shape[0]
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The operands that may have a gradient."""
+        biases = (self.up_bias_EH, self.down_bias_ED)
+        return (self.x_RD, self.weight_RK, self.up_EHD, self.down_EDF, *biases)
+
+
+class MLPBackend(Backend):
+    """A backend of ``moe_mlp``."""
+
+    @abstractmethod
+    def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
+        """The output ``(R, D)`` in ``spec.out_dtype``, differentiable."""

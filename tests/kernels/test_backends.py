@@ -1,0 +1,71 @@
+"""What is chosen, what is refused, and what is said about it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expertmesh.kernels.backends import Problem, choose, explain
+from expertmesh.kernels.moe_mlp import MLP_BACKENDS
+
+CPU = Problem(
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    num_experts=8,
+    num_assignments=4096,
+    dim=64,
+    hidden=128,
+    needs_grad=True,
+)
+
+
+def test_auto_on_cpu_is_the_loop() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for compiling in (False, True):
+            problem = replace(CPU, dtype=dtype, compiling=compiling)
+            assert choose(MLP_BACKENDS, problem).name == "loop"
+
+
+def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = replace(CPU, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert choose(MLP_BACKENDS, cuda).name == "grouped_mm"
+    assert choose(MLP_BACKENDS, replace(cuda, dtype=torch.float32)).name == "loop"
+    assert choose(MLP_BACKENDS, replace(cuda, dim=63)).name == "loop"
+    few = replace(cuda, num_assignments=8, needs_grad=False, dtype=torch.float32)
+    assert choose(MLP_BACKENDS, few).name == "gather"
+    recorded = replace(cuda, capturing=True, dtype=torch.float32)
+    assert choose(MLP_BACKENDS, recorded).name == "gather"
+    assert choose(MLP_BACKENDS, replace(cuda, capturing=True)).name == "grouped_mm"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose(MLP_BACKENDS, cuda).name == "loop"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("grouped_mm", {"dtype": torch.float64}, "takes float32, float16 and bfloat16"),
+        ("grouped_mm", {"dim": 63}, "dim must be a multiple of 4 for torch.float32, got 63"),
+        ("grouped_mm", {"hidden": 7}, "hidden must be a multiple of 4"),
+        ("grouped_mm", {"compiling": True}, "traces grouped_mm for bfloat16 only"),
+        ("grouped_mm", {"device": torch.device("meta")}, "no kernel for meta"),
+        ("loop", {"capturing": True}, "row counts are read on the host"),
+        ("reference", {"compiling": True}, "torch.compile cannot trace it"),
+    ],
+)
+def test_forced_but_impossible(name: str, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"backend '{name}' cannot run this: .*{message}"):
+        choose(MLP_BACKENDS, replace(CPU, **change), name)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"one of auto, gather.*got 'lop'; did you mean 'loop'"):
+        choose(MLP_BACKENDS, CPU, "lop")
+
+
+def test_explain_gives_a_reason_for_each_other() -> None:
+    explanation = explain(MLP_BACKENDS, replace(CPU, dtype=torch.float64))
+    assert explanation.chosen.name == "loop"
+    assert explanation.reasons.keys() == {"gather", "grouped_mm", "reference"}
+    assert "not torch.float64" in explanation.reasons["grouped_mm"]
+    assert explanation.reasons["gather"] == "can run, expected to be slower"

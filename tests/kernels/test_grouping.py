@@ -1,0 +1,40 @@
+"""Sorting assignments by expert, and bringing rows back."""
+
+import torch
+
+from expertmesh.kernels.grouping import combine, group_by_expert
+from expertmesh.testing import assert_close
+
+
+def test_order_is_by_expert_then_row_then_choice() -> None:
+    grouping = group_by_expert(torch.tensor([[2, 0], [0, 3], [2, 2]]), 3)
+    assert grouping.order_N.tolist() == [1, 2, 0, 4, 5, 3]
+    assert grouping.row_N.tolist() == [0, 1, 0, 2, 2, 1]
+    assert grouping.offsets_E.tolist() == [2, 2, 5]
+    assert grouping.offsets_E.dtype == torch.int32
+    assert grouping.valid_RK.tolist() == [[True, True], [True, False], [True, True]]
+
+
+def test_inverse_undoes_order() -> None:
+    expert = torch.randint(0, 8, (50, 3), generator=torch.Generator().manual_seed(0))
+    grouping = group_by_expert(expert, 7)
+    assert torch.equal(grouping.order_N[grouping.inverse_RK], torch.arange(150).view(50, 3))
+    counts = torch.diff(grouping.offsets_E, prepend=torch.zeros(1, dtype=torch.int32))
+    assert torch.equal(counts.long(), torch.bincount(expert.flatten(), minlength=8)[:7])
+
+
+def test_no_rows() -> None:
+    grouping = group_by_expert(torch.zeros(0, 2, dtype=torch.int64), 3)
+    assert grouping.offsets_E.tolist() == [0, 0, 0]
+    assert combine(torch.zeros(0, 4), grouping, torch.zeros(0, 2), torch.float32).shape == (0, 4)
+
+
+def test_combine_masks_sentinels() -> None:
+    grouping = group_by_expert(torch.tensor([[1, 2], [2, 0]]), 2)
+    rows = torch.tensor([[3.0], [5.0], [float("nan")], [float("inf")]])
+    weight = torch.tensor([[0.5, float("nan")], [1.0, 2.0]])
+    y = combine(rows, grouping, weight, torch.float64)
+    assert_close("y", y, torch.tensor([[2.5], [6.0]], dtype=torch.float64))
+    unweighted = combine(rows, grouping, None, torch.float32)
+    assert_close("unweighted", unweighted, torch.tensor([[5.0], [3.0]]))
+    assert rows[2].isnan().all()
