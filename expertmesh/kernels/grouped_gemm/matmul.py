@@ -19,6 +19,18 @@ def onednn_available() -> bool:
 
 
 _ONEDNN = onednn_available()
+# oneDNN compiles and keeps code for every shape that it meets, about half a MiB each. Experts' row
+# counts change at every step, so callers round them up to few shapes.
+_ROW_MULTIPLE = 64
+
+
+def row_multiple(dtype: torch.dtype, device: torch.device) -> int:
+    """What callers round row counts up to, with rows of zeros, before they multiply."""
+    return _ROW_MULTIPLE if _uses_onednn(dtype, device) else 1
+
+
+def _uses_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    return _ONEDNN and dtype == torch.float32 and device.type == "cpu"
 
 
 def matmul_transposed(a_MI: Tensor, b_OI: Tensor) -> Tensor:
@@ -32,6 +44,6 @@ def matmul_transposed(a_MI: Tensor, b_OI: Tensor) -> Tensor:
         ``(M, O)``, contiguous.
     """
     big = min(*a_MI.shape, b_OI.shape[0]) >= _SMALLEST
-    if _ONEDNN and big and a_MI.dtype == torch.float32 and a_MI.device.type == "cpu":
+    if big and _uses_onednn(a_MI.dtype, a_MI.device):
         return torch.ops.mkldnn._linear_pointwise(a_MI, b_OI, None, "none", [], "")
     return torch.mm(a_MI, b_OI.t())

@@ -18,7 +18,7 @@ from expertmesh.kernels.activations import hidden_units, hidden_units_vjp
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import cast, without_autocast
 from expertmesh.kernels.grouped_gemm import LoopGemm
-from expertmesh.kernels.grouped_gemm.matmul import matmul_transposed
+from expertmesh.kernels.grouped_gemm.matmul import matmul_transposed, row_multiple
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
 from expertmesh.kernels.moe_mlp.grouped import run_grouped
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
@@ -67,6 +67,21 @@ def _blocks(offsets_E: Tensor, dtype: torch.dtype) -> list[_Block]:
     return blocks
 
 
+def _take(x_RD: Tensor, row_B: Tensor) -> Tensor:
+    """Rows of x, then rows of zeros up to a multiple that the products like.
+
+    Zeros give nothing to weight gradients, and what they give elsewhere is cut off.
+    """
+    multiple = row_multiple(x_RD.dtype, x_RD.device)
+    count = len(row_B)
+    if count % multiple == 0:
+        return x_RD.index_select(0, row_B)
+    x_BD = x_RD.new_empty(-(-count // multiple) * multiple, x_RD.shape[1])
+    torch.index_select(x_RD, 0, row_B, out=x_BD[:count])
+    x_BD[count:].zero_()
+    return x_BD
+
+
 def _add(bias_EO: Tensor | None, expert: int, y_NO: Tensor) -> Tensor:
     return y_NO if bias_EO is None else y_NO.add_(bias_EO[expert])
 
@@ -90,11 +105,11 @@ class _LoopFunction(torch.autograd.Function):
         pre_blocks = []
         out_ND = x_RD.new_empty(len(row_N), x_RD.shape[1])
         for expert, start, stop, _ in blocks:
-            x_BD = x_RD.index_select(0, row_N[start:stop])
+            x_BD = _take(x_RD, row_N[start:stop])
             pre_BH = _add(up_bias_EH, expert, matmul_transposed(x_BD, ups[expert]))
             hidden_BF = hidden_units(spec.activation, pre_BH, spec.gated)
             out_BD = matmul_transposed(hidden_BF, downs[expert])
-            out_ND[start:stop] = _add(down_bias_ED, expert, out_BD)
+            out_ND[start:stop] = _add(down_bias_ED, expert, out_BD)[: stop - start]
             if keep:
                 pre_blocks.append(pre_BH)
         ctx.spec, ctx.blocks = spec, blocks
@@ -109,6 +124,7 @@ class _LoopFunction(torch.autograd.Function):
         operands, grouping, pre_blocks = _unpack(ctx.saved_tensors)
         with without_autocast(dy_RD.device.type):
             gradient = _Gradient(operands, grouping, ctx)
+            dy_RD = dy_RD.to(gradient.x_RD.dtype)
             for block, pre_BH in zip(ctx.blocks, pre_blocks, strict=True):
                 gradient.add(block, pre_BH, dy_RD)
             return (*gradient.finish(), None, None, None)
@@ -149,7 +165,7 @@ class _Gradient:
         """Take in one block's share."""
         expert, start, stop, first = block
         rows = slice(start, stop)
-        dy_BD = dy_RD.index_select(0, self.row_N[rows]).to(self.x_RD.dtype)
+        dy_BD = _take(dy_RD, self.row_N[rows])
         hidden_BF, pre_gradient = hidden_units_vjp(self.spec.activation, pre_BH, self.spec.gated)
         dhidden_BF = None
         if self.wants_pre or self.dweight_N is not None:
@@ -159,21 +175,23 @@ class _Gradient:
             share_B = torch.linalg.vecdot(dhidden_BF.to(dtype), hidden_BF.to(dtype))
             if self.down_bias_ED is not None:
                 share_B = share_B + dy_BD.to(dtype) @ self.down_bias_ED[expert].to(dtype)
-            self.dweight_N[rows] = share_B
-        dy_BD = dy_BD.mul_(self.weight_N1[rows])
+            self.dweight_N[rows] = share_B[: stop - start]
+        dy_BD[: stop - start].mul_(self.weight_N1[rows])
         if self.ddown_EDF is not None:
             _accumulate(self.ddown_EDF[expert], dy_BD, hidden_BF, first)
         if self.ddown_bias_ED is not None:
             self.ddown_bias_ED[expert] += dy_BD.sum(0)
         if self.wants_pre and dhidden_BF is not None:
-            self._add_pre(block, pre_gradient(dhidden_BF.mul_(self.weight_N1[rows])))
+            dhidden_BF[: stop - start].mul_(self.weight_N1[rows])
+            self._add_pre(block, pre_gradient(dhidden_BF))
 
     def _add_pre(self, block: _Block, dpre_BH: Tensor) -> None:
         expert, start, stop, first = block
         if self.dx_ND is not None:
-            self.dx_ND[start:stop] = matmul_transposed(dpre_BH, self.ups[expert].t())
+            dx_BD = matmul_transposed(dpre_BH, self.ups[expert].t())
+            self.dx_ND[start:stop] = dx_BD[: stop - start]
         if self.dup_EHD is not None:
-            x_BD = self.x_RD.index_select(0, self.row_N[start:stop])
+            x_BD = _take(self.x_RD, self.row_N[start:stop])
             _accumulate(self.dup_EHD[expert], dpre_BH, x_BD, first)
         if self.dup_bias_EH is not None:
             self.dup_bias_EH[expert] += dpre_BH.sum(0)
