@@ -1,0 +1,72 @@
+"""The ``expertmesh`` command: its first word names the file beside this one that does the work."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from expertmesh.errors import UserError, nearest
+
+COMMANDS = ("train", "generate", "eval", "report", "data", "doctor")
+DEBUG = "EXPERTMESH_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    A command is a module ``expertmesh.cli.NAME`` with a line ``HELP`` and a function
+    ``main(argv) -> int | None``; only that module is imported.
+
+    Args:
+        argv: Words after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone (`expertmesh ... | head`); nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"expertmesh {metadata.version('expertmesh')}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        raise UserError(
+            f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}"
+        )
+    return int(importlib.import_module(f"expertmesh.cli.{name}").main(rest) or 0)
+
+
+def _help() -> str:
+    lines = ["usage: expertmesh COMMAND ...", "", "commands:"]
+    for name in COMMANDS:
+        module = importlib.import_module(f"expertmesh.cli.{name}")
+        lines.append(f"  {name:<10}{module.HELP}")
+    lines += ["", "`expertmesh COMMAND --help` explains one; `--version` prints the version."]
+    return "\n".join(lines)
+
+
+def _sentence(error: ValueError | OSError) -> str:
+    """What went wrong, on one line where the error itself is one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

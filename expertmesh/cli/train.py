@@ -1,0 +1,111 @@
+"""``expertmesh train``: a run file and overrides in, a trained run's folder out."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertmesh.train.config import RunFile
+    from expertmesh.train.loop import Outcome, Trainer
+
+HELP = "train a model from a run file; continues a run that was stopped"
+
+_EPILOG = """\
+overrides: --section.key=value sets any field of the run file, for example
+  --train.steps=200 --optim.lr=3e-4 --model.preset=nano-dense --run.dir=runs/second
+The tables and their fields are listed in docs/training.md.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: What follows ``expertmesh train``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: For a run file, data or checkpoint that cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="expertmesh train",
+        description=HELP.capitalize() + ".",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_file", metavar="RUN.toml", help="the run file")
+    args, overrides = parser.parse_known_args(argv)
+
+    # Here, so that `expertmesh --help` does not wait for torch.
+    from expertmesh.train.display import make_display
+    from expertmesh.train.loop import Trainer
+    from expertmesh.train.run_file import load_run_file
+
+    run = load_run_file(args.run_file, overrides)
+    trainer = Trainer(run)
+    if trainer.done and (run.folder / EXPERT_TOKENS).exists():
+        print(f"{run.folder} is done: all {trainer.step} steps are trained")
+        print(f"more steps: --train.steps={2 * trainer.step}; another run: --run.dir=FOLDER")
+        return 0
+    _describe(run, trainer)
+    with make_display(run.train.steps, trainer.step) as display:
+        outcome = trainer.fit(display)
+    if outcome.stopped_by is not None:
+        print(
+            f"stopped by {outcome.stopped_by} after step {outcome.step}; everything is saved; "
+            f"continue with: expertmesh train {run.folder / 'config.toml'}"
+        )
+        return 0
+    _finish(run, trainer, outcome)
+    return 0
+
+
+EXPERT_TOKENS = "expert_tokens.json"
+
+
+def _describe(run: "RunFile", trainer: "Trainer") -> None:
+    for note in trainer.notes:
+        print(f"warning: {note}")
+    model = run.model
+    experts = f", {model.num_experts} experts, {model.experts_per_token} per token"
+    print(
+        f"model    {model.num_params:,} parameters, {model.num_active_params:,} active per token"
+        f"{experts if model.num_experts else ''}"
+    )
+    print(
+        f"data     {len(trainer.data.train):,} samples of {run.data.seq_len} tokens; "
+        f"{run.train.batch} per step, {run.train.steps:,} steps"
+    )
+    print(f"device   {trainer.device}, {run.train.precision}")
+    print(f"folder   {run.folder}  (config.toml, metrics.jsonl, checkpoints/)")
+    if trainer.step:
+        print(f"continuing after step {trainer.step}")
+        for change in trainer.changes():
+            print(f"  changed since: {change}")
+
+
+def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
+    """The last evaluation, with the tokens that each expert takes."""
+    from expertmesh.train.evaluate import ExpertTokens
+
+    table: dict[str, object] = {"layers": {}}
+    evaluation = outcome.evaluation
+    if trainer.evaluator is not None:
+        with ExpertTokens(trainer.model, run.model.vocab_size) as counts:
+            evaluation = trainer.evaluator(trainer.model)
+        table = counts.table(trainer.data.tokenizer)
+    path = run.folder / EXPERT_TOKENS
+    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
+    print(f"done     {outcome.step:,} steps, {trainer.clock.tokens:,} tokens")
+    if evaluation is not None:
+        bits = evaluation.bits_per_byte
+        per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
+        print(
+            f"val      loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}{per_byte}"
+        )
+    print(f"weights  {trainer.checkpoints.complete()[-1].path}")
+    print(f"next     expertmesh generate {run.folder} --prompt TEXT")
+    print(f"         expertmesh report {run.folder}")

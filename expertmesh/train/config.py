@@ -1,0 +1,182 @@
+"""A run as one value: what a run file and the command line's overrides say, checked."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from expertmesh.data import DataConfig
+from expertmesh.errors import UserError
+from expertmesh.models.config import DecoderConfig
+from expertmesh.train import toml
+from expertmesh.train.mesh import MeshConfig
+from expertmesh.train.optimizer import OptimConfig
+from expertmesh.train.precision import PrecisionName
+from expertmesh.train.schedule import Schedule
+
+CONFIG = "config.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts.
+
+    Attributes:
+        dir: The run's folder.
+        resume: ``"auto"`` continues from the newest good checkpoint in ``dir``; ``"none"`` refuses
+            a folder that has one.
+        seed: Of the initial weights, the order of samples and routing noise.
+        device: ``"auto"``, or a torch device.
+        tensorboard: Also write TensorBoard events.
+    """
+
+    dir: str = "runs/run"
+    resume: Literal["auto", "none"] = "auto"
+    seed: int = 0
+    device: str = "auto"
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch: Sequences of one optimizer step, over the whole mesh.
+        micro_batch: Sequences of one forward pass; None is ``batch``.
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (dynamic loss scale).
+        checkpoint_activations: Recompute each block in the backward pass.
+        compile: Compile the model with ``torch.compile``.
+        log_every: Steps between lines.
+        save_every: Steps between checkpoints; the last step always makes one. 0: only the last.
+        keep: Checkpoints kept.
+    """
+
+    steps: int = 1000
+    batch: int = 16
+    micro_batch: int | None = None
+    precision: PrecisionName = "fp32"
+    checkpoint_activations: bool = False
+    compile: bool = False
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        least_values = {"steps": 1, "batch": 1, "log_every": 1, "save_every": 0, "keep": 1}
+        for name, least in least_values.items():
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(
+                    f"train.{name} must be at least {least}, got {value}; "
+                    f"set train.{name} = {least}"
+                )
+        if self.batch % self.sequences:
+            raise UserError(
+                f"train.micro_batch must divide train.batch={self.batch}, got {self.micro_batch}; "
+                f"set train.micro_batch = {_nearest_divisor(self.batch, self.sequences)}"
+            )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one forward pass."""
+        if self.micro_batch is None:
+            return self.batch
+        if self.micro_batch < 1:
+            raise UserError(
+                f"train.micro_batch must be at least 1, got {self.micro_batch}; "
+                f"set train.micro_batch = {self.batch}"
+            )
+        return self.micro_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on the held-out split.
+
+    Attributes:
+        every: Steps between evaluations; the last step always makes one. 0: only the last.
+        batches: Batches of ``train.batch`` sequences each time, spread evenly over the split; None
+            is the whole split.
+    """
+
+    every: int = 100
+    batches: int | None = 8
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise UserError(f"eval.every must be at least 0, got {self.every}; set eval.every = 0")
+        if self.batches is not None and self.batches < 1:
+            raise UserError(
+                f"eval.batches must be at least 1, got {self.batches}; set eval.batches = 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """Everything that decides a run's numbers. Each field is a table of the run file.
+
+    Attributes:
+        run: Folder, seed, device.
+        model: The decoder; in a file, ``preset = NAME`` gives values to begin from.
+        data: What is read, and how it is cut into samples.
+        train: The loop.
+        optim: AdamW and its schedule.
+        eval: Evaluation.
+        mesh: Processes.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: DecoderConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.dir)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate's factor by step."""
+        return Schedule(
+            name=self.optim.schedule,
+            steps=self.train.steps,
+            warmup_steps=self.optim.warmup_steps,
+            decay_steps=self.optim.decay_steps,
+            final=self.optim.final,
+        )
+
+    def to_toml(self) -> str:
+        """A run file that gives this very run: presets are resolved into their values."""
+        return toml.dumps(asdict(self))
+
+    def save(self) -> Path:
+        """Write ``config.toml`` into the run's folder, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / CONFIG
+        unfinished = path.with_name(f".{CONFIG}.unfinished")
+        unfinished.write_text(self.to_toml(), encoding="utf-8")
+        os.replace(unfinished, path)
+        return path
+
+
+def differences(old: RunFile, new: RunFile) -> list[str]:
+    """Lines ``"section.key: old -> new"`` for the fields that differ."""
+    before: dict[str, Any] = asdict(old)
+    after: dict[str, Any] = asdict(new)
+    return [
+        f"{section}.{key}: {value!r} -> {after[section][key]!r}"
+        for section, values in before.items()
+        for key, value in values.items()
+        if value != after[section][key]
+    ]
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda divisor: abs(divisor - wanted))

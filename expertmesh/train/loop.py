@@ -1,0 +1,241 @@
+"""The training loop: a run file in, a run's folder out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expertmesh.data import DataBundle, Loader, build_data
+from expertmesh.errors import UserError
+from expertmesh.models.decoder import DecoderLM
+from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
+from expertmesh.train.config import CONFIG, RunFile, differences
+from expertmesh.train.display import Display
+from expertmesh.train.evaluate import Evaluation, Evaluator
+from expertmesh.train.logger import RunLogger
+from expertmesh.train.mesh import check_single_process
+from expertmesh.train.optimizer import build_optimizer, set_lr
+from expertmesh.train.precision import Precision, pick_device
+from expertmesh.train.progress import (
+    Clock,
+    forget_routing,
+    layer_entries,
+    memory_mib,
+    overall,
+    routing_summaries,
+)
+from expertmesh.train.run_file import load_run_file
+from expertmesh.train.signals import StopRequest
+from expertmesh.train.step import Stepper, StepResult
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of ``Trainer.fit`` ended.
+
+    Attributes:
+        step: Optimizer steps done.
+        stopped_by: The signal that ended it early, or None.
+        evaluation: Of the last step, where the run is done and has a held-out split.
+    """
+
+    step: int
+    stopped_by: str | None
+    evaluation: Evaluation | None
+
+
+class Trainer:
+    """One run, from its run file: built, continued if it was begun before, and trained.
+
+    Everything a step does follows from the run file, the step's number, and the state that
+    checkpoints hold. So a continued run repeats the uninterrupted one: bitwise on the CPU with as
+    many threads, to rounding elsewhere.
+
+    Args:
+        run: The run file.
+        data: Its data, if built already.
+
+    Raises:
+        UserError: If the run file does not fit the machine, the data or an existing checkpoint.
+    """
+
+    def __init__(self, run: RunFile, data: DataBundle | None = None) -> None:
+        check_single_process(run.mesh)
+        self.run = run
+        self.device = pick_device(run.run.device)
+        self.precision = Precision(run.train.precision)
+        self.checkpoints = CheckpointFolder(run.folder / CHECKPOINTS, keep=run.train.keep)
+        resume_from, self.notes = self._find_checkpoint()
+        self.data = build_data(run.data) if data is None else data
+        check_data_fits(run, self.data)
+        self.loader = Loader(self.data.train, batch_size=run.train.batch, seed=run.run.seed)
+        self.evaluator = make_evaluator(run, self.data, self.device)
+        self.model = build_model(run, self.device)
+        self.stepper = self._make_stepper()
+        self.clock = Clock()
+        self.step = 0
+        if resume_from is not None:
+            self._restore(resume_from)
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was taken."""
+        return self.step >= self.run.train.steps
+
+    def changes(self) -> list[str]:
+        """What the run file says otherwise than when the run was last started."""
+        path = self.run.folder / CONFIG
+        return differences(load_run_file(path), self.run) if path.exists() else []
+
+    def fit(self, display: Display) -> Outcome:
+        """Train to the last step, or until SIGTERM or Ctrl-C, and save.
+
+        Args:
+            display: Shows progress.
+
+        Raises:
+            UserError: If the loss is not finite or a checkpoint cannot be written; the last good
+                checkpoint is untouched.
+        """
+        self.run.save()
+        logger = RunLogger(self.run.folder, after=self.step, tensorboard=self.run.run.tensorboard)
+        evaluation = None
+        saved_step = self.step
+        with StopRequest() as stop:
+            try:
+                while not self.done and stop.name is None:
+                    result = self._advance()
+                    display.advance(self.step, result.loss)
+                    evaluation = self._log(result, logger, display)
+                    if self._due(self.run.train.save_every):
+                        self.save()
+                        saved_step = self.step
+            finally:
+                logger.close()
+            if saved_step != self.step:
+                self.save()
+        return Outcome(self.step, None if self.done else stop.name, evaluation)
+
+    def save(self) -> Checkpoint:
+        """Write a checkpoint of the present step."""
+        state = {
+            "tokens": self.clock.tokens,
+            "seconds": self.clock.seconds,
+            "scaler": self.stepper.scaler.state_dict(),
+        }
+        return self.checkpoints.save(self.step, self.model, self.stepper.optimizer, state)
+
+    def _advance(self) -> StepResult:
+        step = self.step + 1
+        self.clock.start()
+        set_lr(self.stepper.optimizer, self._lr(step))
+        result = self.stepper.step(step, self.loader.batch(step - 1))
+        self.step = step
+        self.clock.stop(result.num_tokens)
+        return result
+
+    def _lr(self, step: int) -> float:
+        return self.run.optim.lr * self.run.schedule(step)
+
+    def _due(self, every: int) -> bool:
+        return self.done or (every > 0 and self.step % every == 0)
+
+    def _log(self, result: StepResult, logger: RunLogger, display: Display) -> Evaluation | None:
+        """Write the step's line if it is due, with an evaluation if that is due."""
+        evaluate = self.evaluator is not None and self._due(self.run.eval.every)
+        if not (evaluate or self.step == 1 or self._due(self.run.train.log_every)):
+            return None
+        # The layers' counters are read before the evaluation, which counts too.
+        summaries = routing_summaries(self.model)
+        metrics: dict[str, Any] = {"step": self.step, "loss": result.loss}
+        evaluation = None
+        if evaluate and self.evaluator is not None:
+            evaluation = self.evaluator(self.model)
+            metrics["val_loss"] = evaluation.loss
+            forget_routing(self.model)
+        metrics["lr"] = self._lr(self.step)
+        if result.grad_norm is not None:
+            metrics["grad_norm"] = result.grad_norm
+        metrics |= {
+            "tokens_per_second": self.clock.tokens_per_second(),
+            "memory_mib": memory_mib(self.device),
+            **overall(summaries),
+            "tokens": self.clock.tokens,
+            "seconds": self.clock.seconds,
+        }
+        if self.stepper.scaler.is_enabled():
+            metrics["loss_scale"] = self.stepper.scaler.get_scale()
+        logger.log(metrics, layer_entries(summaries))
+        display.log(metrics)
+        return evaluation
+
+    def _make_stepper(self) -> Stepper:
+        run = self.run
+        if run.train.checkpoint_activations:
+            self.model.checkpoint_blocks()
+        return Stepper(
+            self.model,
+            build_optimizer(self.model, run.optim),
+            precision=self.precision,
+            device=self.device,
+            seed=run.run.seed,
+            sequences=run.train.sequences,
+            clip=run.optim.clip,
+            forward=torch.compile(self.model) if run.train.compile else None,
+        )
+
+    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        if self.run.run.resume == "none" and self.checkpoints.complete():
+            raise UserError(
+                f"{self.run.folder} already holds a run, and run.resume is 'none'; "
+                'set run.resume = "auto" to continue it, or run.dir to a new folder'
+            )
+        return self.checkpoints.newest_valid()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.load_model(self.model)
+        checkpoint.load_optimizer(self.model, self.stepper.optimizer)
+        state = checkpoint.state()
+        if self.stepper.scaler.is_enabled() and state["scaler"]:
+            self.stepper.scaler.load_state_dict(state["scaler"])
+        self.clock = Clock(state["seconds"], state["tokens"])
+        self.step = checkpoint.step
+
+
+def build_model(run: RunFile, device: torch.device) -> DecoderLM:
+    """The run's model with its initial values, which depend on its seed only."""
+    with device:
+        return DecoderLM(run.model, seed=run.run.seed)
+
+
+def make_evaluator(run: RunFile, data: DataBundle, device: torch.device) -> Evaluator | None:
+    """The run's evaluation; None without a held-out split."""
+    if data.val is None:
+        return None
+    return Evaluator(
+        dataset=data.val,
+        batch=run.train.batch,
+        sequences=run.train.sequences,
+        batches=run.eval.batches,
+        tokenizer=data.tokenizer,
+        precision=Precision(run.train.precision),
+        device=device,
+    )
+
+
+def check_data_fits(run: RunFile, data: DataBundle) -> None:
+    """Refuse a model that has no embedding for some token, or no position for some place."""
+    needed, given = data.tokenizer.vocab_size, run.model.vocab_size
+    if given < needed:
+        raise UserError(
+            f"model.vocab_size must be at least {needed}, the size of data.tokenizer="
+            f"{run.data.tokenizer!r}, got {given}; set model.vocab_size = {needed}"
+        )
+    longest, seq_len = run.model.max_seq_len, run.data.seq_len
+    if seq_len > longest:
+        raise UserError(
+            f"data.seq_len must be at most model.max_seq_len={longest}, got {seq_len}; "
+            f"set data.seq_len = {longest} or model.max_seq_len = {seq_len}"
+        )

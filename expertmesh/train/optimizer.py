@@ -1,0 +1,97 @@
+"""AdamW with the parameters sorted into those that decay and those that do not."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from expertmesh.errors import UserError
+from expertmesh.train.schedule import ScheduleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, 2019) and its schedule.
+
+    Attributes:
+        lr: Peak learning rate.
+        schedule: Shape after the warm-up; see ``Schedule``.
+        warmup_steps: Optimizer steps of linear warm-up.
+        decay_steps: Length of the last phase of ``"wsd"``, in optimizer steps.
+        final: Last factor of ``lr``, for ``"cosine"`` and ``"wsd"``.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay, of matrices and expert stacks only.
+        clip: Largest global norm of the gradient; 0 does not clip.
+    """
+
+    lr: float = 1e-3
+    schedule: ScheduleName = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    final: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2", "final"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"optim.{name} must be between 0 and 1, got {value}")
+        for name in ("warmup_steps", "decay_steps", "eps", "weight_decay", "clip", "lr"):
+            value = getattr(self, name)
+            if value < 0:
+                raise UserError(f"optim.{name} must not be negative, got {value}; set it >= 0")
+
+
+def decays(name: str, param: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    Vectors (norm scales, biases, the router's own biases) do not decay. Stacked expert biases are
+    matrices by shape and vectors by meaning, so names that end in ``bias`` do not decay either.
+    """
+    return param.dim() >= 2 and not name.endswith("bias")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over a model's trainable parameters.
+
+    The fused implementation is used where every parameter is on a device that has it (CPU, CUDA),
+    else the one that works on lists of tensors (``foreach``).
+
+    Args:
+        model: Its parameters must be on their final device.
+        config: Rates and decay.
+
+    Returns:
+        An optimizer with two groups, decayed and not, each in the model's order.
+    """
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trainable:
+        raise UserError("the model has no trainable parameter")
+    groups = [
+        {
+            "params": [param for name, param in trainable if decays(name, param) == decayed],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    fused = all(param.device.type in ("cpu", "cuda", "xpu") for _, param in trainable)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+        foreach=None if fused else True,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,212 @@
+"""From a TOML file and ``--section.key=value`` overrides to a checked ``RunFile``."""
+
+import argparse
+import difflib
+import json
+import re
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from expertmesh.errors import UserError, nearest
+from expertmesh.models.presets import decoder_preset
+from expertmesh.train.config import RunFile
+
+SECTIONS: dict[str, type] = get_type_hints(RunFile)
+_FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
+_KEY = re.compile(r'key "([\w.]+)"|argument --([\w.]+)|required: ([\w.]+)')
+
+
+def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
+    """Read a run file.
+
+    Args:
+        path: TOML with the tables of ``RunFile``.
+        overrides: ``--section.key=value``, or the value as the next word; they win over the file.
+
+    Raises:
+        UserError: For an unreadable file, an unknown key (with the nearest one that exists), a
+            value of the wrong type, or one that its table refuses.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the run file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the run file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    return parse_run(content, overrides, source=str(path))
+
+
+def parse_run(
+    content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "the run file"
+) -> RunFile:
+    """Check what a run file holds, already read; see ``load_run_file``."""
+    tables = _checked_tables(content, source)
+    words = _checked_flags(overrides)
+    preset, words = _take_preset(tables["model"], words)
+    if preset is not None:
+        tables["model"] = {**_preset_values(preset), **tables["model"]}
+    words = _merge_deep(tables, words)
+    values = _typed(tables, words)
+    return RunFile(**{name: _build(name, values[name]) for name in SECTIONS})
+
+
+def _known(section: str) -> list[str]:
+    names = [field.name for field in fields(SECTIONS[section])]
+    return ["preset", *names] if section == "model" else names
+
+
+def _checked_tables(content: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for section, values in content.items():
+        if section not in SECTIONS:
+            hint = nearest(section, SECTIONS) or f"; the tables are {', '.join(SECTIONS)}"
+            raise UserError(f"{source} has an unknown table [{section}]{hint}")
+        if not isinstance(values, dict):
+            raise UserError(f"{section} must be a table, got {values!r}; write [{section}]")
+        for key in values:
+            if key not in _known(section):
+                raise UserError(f"{source} has an unknown key {section}.{key}{_hint(section, key)}")
+        tables[section] = dict(values)
+    return tables
+
+
+def _checked_flags(overrides: Sequence[str]) -> list[str]:
+    """Bring overrides into the form ``--section.key=value``, and refuse unknown ones."""
+    words: list[str] = []
+    rest = list(overrides)
+    while rest:
+        word = rest.pop(0)
+        match = _FLAG.fullmatch(word)
+        if match is None:
+            raise UserError(f"unexpected argument {word!r}; overrides are --section.key=value")
+        name, value = match[1], match[2]
+        section, _, key = name.partition(".")
+        if section not in SECTIONS or key.split(".")[0] not in _known(section):
+            raise UserError(f"unknown option --{name}{_hint(section, key)}")
+        if value is None:
+            if not rest or _FLAG.fullmatch(rest[0]):
+                raise UserError(f"--{name} needs a value: --{name}=VALUE")
+            value = rest.pop(0)
+        words.append(f"--{name}={value}")
+    return words
+
+
+def _hint(section: str, key: str) -> str:
+    """The nearest field: in the same table if one is close, else in any table, by its own name."""
+    if section in SECTIONS and (close := difflib.get_close_matches(key, _known(section), n=1)):
+        return f"; did you mean {section + '.' + close[0]!r}?"
+    tables = {known: name for name in SECTIONS for known in _known(name)}
+    if close := difflib.get_close_matches(key or section, tables, n=1):
+        return f"; did you mean {tables[close[0]] + '.' + close[0]!r}?"
+    return nearest(section, SECTIONS)
+
+
+def _take_preset(model: dict[str, Any], words: list[str]) -> tuple[str | None, list[str]]:
+    """Split the preset's name off: its values are the table's defaults, not a field."""
+    preset = model.pop("preset", None)
+    if preset is not None and not isinstance(preset, str):
+        raise UserError(f"model.preset: expected a string, got {preset!r}")
+    kept = []
+    for word in words:
+        if word.startswith("--model.preset="):
+            preset = word.partition("=")[2]
+        else:
+            kept.append(word)
+    return preset, kept
+
+
+def _merge_deep(tables: dict[str, dict[str, Any]], words: list[str]) -> list[str]:
+    """Put overrides of a table within a table of options in place: jsonargparse stops above them.
+
+    ``--model.router_options.capacity.factor=2`` changes one entry and keeps its neighbours. Values
+    are read as JSON where they are JSON, and are text otherwise.
+    """
+    kept = []
+    for word in words:
+        name, _, value = word[2:].partition("=")
+        section, *path, last = name.split(".")
+        if len(path) < 2:
+            kept.append(word)
+            continue
+        place = tables[section]
+        for key in path:
+            inner = place.get(key)
+            place[key] = dict(inner) if isinstance(inner, dict) else {}
+            place = place[key]
+        try:
+            place[last] = json.loads(value)
+        except json.JSONDecodeError:
+            place[last] = value
+    return kept
+
+
+def _preset_values(preset: str) -> dict[str, Any]:
+    try:
+        return asdict(decoder_preset(preset))
+    except ValueError as error:
+        raise UserError(f"model.preset: {error}") from None
+
+
+def _typed(tables: dict[str, dict[str, Any]], words: list[str]) -> Any:
+    """Let jsonargparse convert and check every value against its field's type."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    try:
+        return parser.parse_args(words, namespace=parser.parse_object(tables))
+    except argparse.ArgumentError as error:
+        raise UserError(_reworded(str(error), tables, words)) from None
+
+
+def _reworded(message: str, tables: Mapping[str, Any], words: Sequence[str]) -> str:
+    """Say a type error in the run file's terms: field, what was expected, what came."""
+    match = _KEY.search(message)
+    if match is None:
+        return " ".join(message.split())
+    name = match[1] or match[2] or match[3]
+    section, _, key = name.partition(".")
+    if match[3]:
+        preset = "; or set model.preset" if section == "model" else ""
+        return f"{name} has no default and was not given; set {name}{preset}"
+    hint = get_type_hints(SECTIONS[section]).get(key.split(".")[0])
+    got = tables[section].get(key)
+    for word in words:
+        if word.startswith(f"--{name}="):
+            got = word.partition("=")[2]
+    return f"{name}: expected {_type_name(hint)}, got {got!r}"
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    if hint in names:
+        return names[hint]
+    if hint is type(None):
+        return "null"
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin in (list, tuple):
+        return f"a list of values, each {_type_name(args[0])}"
+    if origin is dict:
+        return f"a table of values, each {_type_name(args[1])}"
+    return "any value" if hint is Any else getattr(hint, "__name__", str(hint))
+
+
+def _build(section: str, values: Any) -> Any:
+    """Make the dataclass; what it refuses is said with the table's name before it."""
+    try:
+        return SECTIONS[section](**vars(values))
+    except (ValueError, TypeError) as error:
+        # A TypeError can come from free-form options only, which the parser cannot check.
+        text = str(error)
+        raise UserError(text if text.startswith(section) else f"[{section}] {text}") from None

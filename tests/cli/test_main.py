@@ -1,0 +1,104 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from expertmesh.cli import main as module
+from expertmesh.cli.main import COMMANDS, main
+from expertmesh.errors import MissingDependency, UserError
+
+
+def command(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Put a function in place of `expertmesh train`."""
+    fake = SimpleNamespace(HELP="", main=run)
+    monkeypatch.setattr(module.importlib, "import_module", lambda name: fake)
+
+
+def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert len(line) > 20
+
+
+def test_nothing_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: expertmesh COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: expertmesh {name}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("expertmesh 0.")
+
+
+def test_unknown_command_shows_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "error: unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("k must be 1"), "error: k must be 1"),
+        (ValueError("k must be 2"), "error: k must be 2"),
+        (MissingDependency("pip install 'expertmesh[hf]'"), "error: pip install 'expertmesh[hf]'"),
+        (OSError(28, "No space left on device", "/x/y"), "error: /x/y: No space left on device"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_two(
+    error: Exception,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise error
+
+    command(monkeypatch, run)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == message + "\n"
+    monkeypatch.setenv("EXPERTMESH_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["train"])
+
+
+def test_other_errors_are_ours_and_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(argv: list[str]) -> int:
+        raise RuntimeError("a defect")
+
+    command(monkeypatch, run)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["train"])
+
+
+def test_ctrl_c_ends_cleanly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    command(monkeypatch, run)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_as_a_module_with_a_mistake() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "expertmesh", "train", "nowhere.toml", "--train.steps=1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: the run file nowhere.toml does not exist\n"

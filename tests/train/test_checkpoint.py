@@ -1,0 +1,121 @@
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from expertmesh.errors import UserError
+from expertmesh.train.checkpoint import CheckpointFolder
+from expertmesh.train.optimizer import OptimConfig, build_optimizer
+
+
+def trained(width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(width, 2)
+    optimizer = build_optimizer(model, OptimConfig())
+    model(torch.randn(5, width)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_newest_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    assert folder.newest_valid() == (None, [])
+    for step in (9, 10, 100_000_000):
+        folder.save(step, *trained(), {"tokens": step})
+    assert [checkpoint.step for checkpoint in folder.complete()] == [10, 100_000_000]
+    newest, refused = folder.newest_valid()
+    assert newest is not None
+    assert newest.state() == {"step": 100_000_000, "tokens": 100_000_000}
+    assert refused == []
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    model, optimizer = trained()
+    checkpoint = folder.save(1, model, optimizer, {})
+    other, other_optimizer = trained()
+    checkpoint.load_model(other)
+    checkpoint.load_optimizer(other, other_optimizer)
+    assert torch.equal(other.weight, model.weight)  # type: ignore[arg-type]  # Linear's weight
+    for mine, theirs in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_half_written_folder_is_never_used_and_is_cleared(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(5, *trained(), {})
+    left_over = tmp_path / ".unfinished-step_00000010"
+    left_over.mkdir()
+    (left_over / "model.safetensors").write_bytes(b"half")
+    assert [checkpoint.step for checkpoint in folder.complete()] == [5]
+    folder.save(10, *trained(), {})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000005", "step_00000010"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_corrupt_file_is_named_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, *trained(), {})
+    broken = folder.save(2, *trained(), {}).path / name
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    newest, refused = folder.newest_valid()
+    assert newest is not None
+    assert newest.step == 1
+    assert f"{broken} is corrupt: expected SHA-256" in refused[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = CheckpointFolder(tmp_path)
+    (folder.save(1, *trained(), {}).path / name).unlink()
+    with pytest.raises(UserError, match=rf"no usable checkpoint: .*{name}"):
+        folder.newest_valid()
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    good = folder.save(1, *trained(), {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError) as error:
+            folder.save(2, *trained(width=20_000), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not save the checkpoint of step 2" in str(error.value)
+    assert f"the last good one is {good.path}" in str(error.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == [good.path.name]
+    good.verify()
+
+
+def test_disk_full_at_the_last_file_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = CheckpointFolder(tmp_path)
+    monkeypatch.setattr("expertmesh.train.checkpoint._write_json", no_space)
+    with pytest.raises(UserError, match="No space left on device; there is no earlier one"):
+        folder.save(1, *trained(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_step_is_replaced(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, *trained(), {"try": 1})
+    folder.save(1, *trained(), {"try": 2})
+    assert [checkpoint.state()["try"] for checkpoint in folder.complete()] == [2]
+
+
+def test_files_are_tensors_and_json_only(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path).save(3, *trained(), {"tokens": 4}).path
+    names = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert {entry.name for entry in path.iterdir()} == names
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == names - {
+        "manifest.json"
+    }

@@ -1,0 +1,233 @@
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertmesh.errors import UserError
+from expertmesh.train.config import RunFile
+from expertmesh.train.loop import Trainer
+from expertmesh.train.step import Stepper
+from tests.train.tiny import Silent, make_run
+
+
+def fit(run: RunFile) -> Silent:
+    display = Silent()
+    Trainer(run).fit(display)
+    return display
+
+
+def metrics(run: RunFile) -> list[dict[str, Any]]:
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(run: RunFile) -> list[tuple[float, float | None]]:
+    return [(entry["loss"], entry.get("val_loss")) for entry in metrics(run)]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Send this process a signal while it takes a step."""
+    original = Stepper.step
+
+    def stepping(self: Stepper, now: int, batch: Any) -> Any:
+        if now == step:
+            os.kill(os.getpid(), number)
+        return original(self, now, batch)
+
+    monkeypatch.setattr(Stepper, "step", stepping)
+
+
+EVERYTHING = {
+    "plain": (),
+    "accumulation": ("--train.micro_batch=2",),
+    "noise": (
+        "--train.micro_batch=2",
+        "--model.router=switch",
+        "--model.experts_per_token=1",
+        "--model.router_options.bias_rate=0.01",
+    ),
+    "fp16": ("--train.precision=fp16", "--train.micro_batch=2", "--optim.schedule=wsd"),
+    "bf16": ("--train.precision=bf16", "--train.checkpoint_activations=true"),
+}
+
+
+@pytest.mark.parametrize("overrides", EVERYTHING.values(), ids=EVERYTHING.keys())
+def test_a_resumed_run_repeats_the_uninterrupted_one_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    whole = make_run(tmp_path, *overrides, f"--run.dir={tmp_path}/whole")
+    fit(whole)
+
+    halves = make_run(tmp_path, *overrides, f"--run.dir={tmp_path}/halves")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, signal.SIGTERM)
+        outcome = Trainer(halves).fit(Silent())
+    assert (outcome.step, outcome.stopped_by) == (4, "SIGTERM")
+    resumed = Trainer(halves)
+    assert resumed.step == 4
+    assert resumed.fit(Silent()).step == 6
+
+    assert [entry["step"] for entry in metrics(halves)] == [1, 2, 3, 4, 5, 6]
+    assert losses(halves) == losses(whole)
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_run(tmp_path, f"--run.dir={tmp_path}/whole")
+    fit(whole)
+    run = make_run(tmp_path)
+
+    def crash(self: Stepper, step: int, batch: Any) -> Any:
+        if step == 5:
+            raise RuntimeError("power cut")
+        return original(self, step, batch)
+
+    original = Stepper.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(run)
+    assert len(metrics(run)) == 4
+    trainer = Trainer(run)
+    assert trainer.step == 3
+    trainer.fit(Silent())
+    assert losses(run) == losses(whole)
+
+
+def test_ctrl_c_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    stop_after(monkeypatch, 2, signal.SIGINT)
+    outcome = Trainer(run).fit(Silent())
+    assert (outcome.step, outcome.stopped_by) == (2, "SIGINT")
+    assert [checkpoint.step for checkpoint in Trainer(run).checkpoints.complete()] == [2]
+
+
+def test_the_run_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--train.steps=30", "--eval.every=10", "--train.log_every=5")
+    display = fit(run)
+    assert display.losses[-1] < display.losses[0] - 1.0
+    entries = metrics(run)
+    assert display.entries == entries
+    assert [entry["step"] for entry in entries] == [1, 5, 10, 15, 20, 25, 30]
+    assert [entry["step"] for entry in entries if "val_loss" in entry] == [10, 20, 30]
+    last = entries[-1]
+    assert last["tokens"] == 30 * 4 * 16
+    assert last["lr"] == pytest.approx(3e-4)
+    assert last["dropped"] == 0.0
+    assert last["imbalance"] >= 1.0
+    assert {"grad_norm", "tokens_per_second", "memory_mib", "seconds"} <= last.keys()
+    routing = [json.loads(line) for line in (run.folder / "routing.jsonl").read_text().splitlines()]
+    (layer,) = routing[-1]["layers"].values()
+    # Five steps since the line before; the evaluation at step 30 is not in it.
+    assert sum(layer["load"]) == 5 * 4 * 16 * 2
+    assert len(layer["dropped_by_position"]) == 16
+    assert (run.folder / "config.toml").exists()
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
+        "step_00000027",
+        "step_00000030",
+    ]
+
+
+def test_micro_batches_and_recompute_change_nothing_but_rounding(tmp_path: Path) -> None:
+    without_balance = "--model.router_options.balance_coef=0"
+    plain = make_run(tmp_path, without_balance, f"--run.dir={tmp_path}/plain")
+    other = make_run(
+        tmp_path,
+        without_balance,
+        "--train.micro_batch=1",
+        "--train.checkpoint_activations=true",
+        f"--run.dir={tmp_path}/other",
+    )
+    torch.testing.assert_close(fit(plain).losses, fit(other).losses, rtol=1e-4, atol=0)
+    assert metrics(plain)[-1]["tokens"] == metrics(other)[-1]["tokens"]
+
+
+def test_padded_documents_count_targets_only(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--data.pack=false", "--train.micro_batch=2")
+    fit(run)
+    assert metrics(run)[-1]["tokens"] <= 6 * 4 * 16
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "--train.save_every=2")
+
+    def poisoned(self: Stepper, step: int, batch: Any) -> float:
+        return float("nan") if step == 4 else original(self, step, batch)
+
+    original = Stepper.accumulate
+    monkeypatch.setattr(Stepper, "accumulate", poisoned)
+    with pytest.raises(UserError, match="the loss is nan at step 4"):
+        fit(run)
+    folder = Trainer(run).checkpoints
+    assert [checkpoint.step for checkpoint in folder.complete()] == [2]
+    assert folder.newest_valid()[0] is not None
+
+
+def test_resume_none_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
+    fit(make_run(tmp_path))
+    with pytest.raises(UserError, match=r'already holds a run.*set run.resume = "auto"'):
+        Trainer(make_run(tmp_path, "--run.resume=none"))
+
+
+def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
+    fit(make_run(tmp_path))
+    longer = Trainer(make_run(tmp_path, "--train.steps=8"))
+    assert not longer.done
+    assert longer.changes() == ["train.steps: 6 -> 8"]
+    assert longer.fit(Silent()).step == 8
+
+
+def test_the_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
+    fit(make_run(tmp_path))
+    with pytest.raises(UserError, match=r"saved from another model; .*misshapen: .*up|gate"):
+        Trainer(make_run(tmp_path, "--model.num_experts=8"))
+
+
+def test_a_corrupt_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    fit(run)
+    weights = run.folder / "checkpoints" / "step_00000006" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    trainer = Trainer(run)
+    assert trainer.step == 3
+    assert f"{weights} is corrupt" in trainer.notes[0]
+
+
+def test_a_vocabulary_or_sequence_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"at least 258.*got 100; set model.vocab_size = 258"):
+        Trainer(make_run(tmp_path, "--model.vocab_size=100"))
+    with pytest.raises(UserError, match=r"data.seq_len must be at most model.max_seq_len=8"):
+        Trainer(make_run(tmp_path, "--model.max_seq_len=8"))
+
+
+def test_a_missing_data_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.txt"):
+        Trainer(make_run(tmp_path, f"--data.source={tmp_path}/nowhere.txt"))
+
+
+def test_the_order_of_samples_depends_on_seed_and_step_only(tmp_path: Path) -> None:
+    batches = [
+        Trainer(make_run(tmp_path, *overrides)).loader.batch(3).sample_index_B.tolist()
+        for overrides in ((), ("--train.micro_batch=1",), ("--run.seed=8",))
+    ]
+    assert batches[0] == batches[1]
+    assert batches[0] != batches[2]
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
+    eager = make_run(tmp_path, f"--run.dir={tmp_path}/eager")
+    compiled = make_run(tmp_path, "--train.compile=true", f"--run.dir={tmp_path}/compiled")
+    torch.testing.assert_close(fit(eager).losses, fit(compiled).losses, rtol=1e-3, atol=0)
+    assert metrics(compiled)[-1]["imbalance"] == pytest.approx(
+        metrics(eager)[-1]["imbalance"], rel=0.05
+    )

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch import nn
+
+from expertmesh.errors import UserError
+from expertmesh.train.optimizer import OptimConfig, build_optimizer, decays, set_lr
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+        self.scale = nn.Parameter(torch.ones(3))
+        self.up_bias = nn.Parameter(torch.ones(4, 3))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_vectors_and_stacked_biases_do_not_decay() -> None:
+    model = Toy()
+    decayed = {name for name, param in model.named_parameters() if decays(name, param)}
+    assert decayed == {"weight", "frozen"}
+
+
+def test_decay_acts_on_decayed_parameters_only_and_frozen_ones_are_left_out() -> None:
+    model = Toy()
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((3, 2), 0.95))
+    assert torch.equal(model.scale, torch.ones(3))
+    assert torch.equal(model.up_bias, torch.ones(4, 3))
+    assert torch.equal(model.frozen, torch.ones(2, 2))
+
+
+def test_fused_step_is_the_papers_formula() -> None:
+    model = nn.Linear(2, 1, bias=False).double()
+    start, grad = model.weight.detach().clone(), torch.tensor([[0.3, -2.0]], dtype=torch.float64)
+    config = OptimConfig(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.2)
+    optimizer = build_optimizer(model, config)
+    assert optimizer.defaults["fused"]
+    model.weight.grad = grad.clone()
+    optimizer.step()
+    # After one step the corrected moments are the gradient and its square.
+    expected = start * (1 - 0.1 * 0.2) - 0.1 * grad / (grad.abs() + 1e-8)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_set_lr_reaches_every_group() -> None:
+    optimizer = build_optimizer(Toy(), OptimConfig())
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(UserError, match="no trainable parameter"):
+        build_optimizer(nn.Identity(), OptimConfig())

@@ -1,0 +1,146 @@
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from expertmesh.errors import UserError
+from expertmesh.train.config import differences
+from expertmesh.train.mesh import check_single_process
+from expertmesh.train.run_file import SECTIONS, load_run_file, parse_run
+from tests.train.tiny import make_run, tables
+
+
+def test_overrides_win_and_take_either_form(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--optim.lr=3e-4", "--train.steps", "9", "--eval.batches=null")
+    assert (run.optim.lr, run.train.steps, run.eval.batches) == (3e-4, 9, None)
+    assert run.train.batch == 4
+
+
+def test_preset_gives_values_that_fields_override() -> None:
+    content = {"model": {"preset": "nano", "num_experts": 16}, "data": {"source": "x"}}
+    assert parse_run(content).model.num_experts == 16
+    dense = parse_run(content, ["--model.preset=nano-dense", "--model.num_experts=0"]).model
+    assert dense.num_moe_layers == 0
+
+
+def test_resolved_config_is_a_run_file_of_the_same_run(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        "--model.router_options.balance_coef=0.02",
+        "--data.mix={'a \"quoted\" name.txt': 2, b: 0.5}",
+        "--data.source=",
+        "--data.fields=[title, text]",
+    )
+    assert parse_run(tomllib.loads(run.to_toml())) == run
+    assert load_run_file(run.save()) == run
+    assert run.data.mix == {'a "quoted" name.txt': 2.0, "b": 0.5}
+
+
+def test_options_of_the_router_merge_key_by_key() -> None:
+    content = {
+        "model": {"preset": "nano", "router_options": {"z_coef": 0.5}},
+        "data": {"source": "x"},
+    }
+    run = parse_run(content, ["--model.router_options.balance_coef=0.25"])
+    assert run.model.router_options == {"z_coef": 0.5, "balance_coef": 0.25}
+
+
+def test_tables_within_options_merge_key_by_key() -> None:
+    capacity = {"factor": 2.0, "eval_factor": 3.0}
+    content = {
+        "model": {"preset": "nano", "router_options": {"capacity": capacity}},
+        "data": {"source": "x"},
+    }
+    words = ["--model.router_options.capacity.factor=1.5", "--model.router_options.z_coef=0.5"]
+    options = parse_run(content, words).model.router_options
+    assert options == {"capacity": {"factor": 1.5, "eval_factor": 3.0}, "z_coef": 0.5}
+    assert capacity["factor"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--train.stpes=3", r"unknown option --train.stpes; did you mean 'train.steps'\?"),
+        ("--lr=3", r"unknown option --lr; did you mean 'optim.lr'\?"),
+        ("--trian.steps=3", r"did you mean 'train.steps'\?"),
+        ("--train.steps=many", "train.steps: expected an integer, got 'many'"),
+        ("--train.compile=perhaps", "train.compile: expected true or false, got 'perhaps'"),
+        ("--optim.schedule=cos", "expected one of 'cosine', 'wsd', 'constant', got 'cos'"),
+        ("--train.micro_batch=1.5", "train.micro_batch: expected an integer or null, got '1.5'"),
+        ("--train.micro_batch=3", "must divide train.batch=4, got 3; set train.micro_batch = 2"),
+        ("--train.micro_batch=0", "train.micro_batch must be at least 1, got 0"),
+        ("--train.steps=0", "train.steps must be at least 1, got 0; set train.steps = 1"),
+        ("--train.keep=0", "train.keep must be at least 1, got 0"),
+        ("--eval.batches=0", "eval.batches must be at least 1, got 0"),
+        ("--optim.lr=-1", "optim.lr must not be negative, got -1.0"),
+        ("--optim.beta1=2", "optim.beta1 must be between 0 and 1, got 2.0"),
+        ("--model.experts_per_token=9", "must be between 1 and num_experts=4, got 9"),
+        ("--model.preset=nanoo", r"model.preset: .*did you mean 'nano'\?"),
+        ("--model.router=mixtrl", r"\[model\] router must be .*did you mean 'mixtral'\?"),
+        ("--mesh.ep=0", "mesh.ep must be at least 1, got 0"),
+        ("--train.steps", "--train.steps needs a value"),
+        ("steps=3", "unexpected argument 'steps=3'"),
+    ],
+)
+def test_wrong_override_is_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_run(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nstpes = 3", r"unknown key train.stpes; did you mean 'train.steps'\?"),
+        ("[trian]\nsteps = 3", r"unknown table \[trian\]; did you mean 'train'\?"),
+        ("train = 3", r"train must be a table, got 3; write \[train\]"),
+        ('[train]\nsteps = "many"', "train.steps: expected an integer, got 'many'"),
+        ("[train]\nsteps = 2.5", "train.steps: expected an integer, got 2.5"),
+        ("[data]\nsource = 3", "data.source: expected a string, got 3"),
+        ("[model]\npreset = 3", "model.preset: expected a string, got 3"),
+        ("[model]\nrouter_options = 3", "router_options: expected a table of values"),
+        ('[data]\nsource = "x"', "model.vocab_size has no default.*or set model.preset"),
+        ("[train", "is not valid TOML"),
+    ],
+)
+def test_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_run_file(path)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.toml does not exist"):
+        load_run_file(tmp_path / "nowhere.toml")
+
+
+def test_differences_name_field_and_values(tmp_path: Path) -> None:
+    old, new = make_run(tmp_path), make_run(tmp_path, "--train.steps=9", "--run.seed=8")
+    assert differences(old, new) == ["run.seed: 7 -> 8", "train.steps: 6 -> 9"]
+
+
+def test_a_null_in_a_preset_stays_a_null() -> None:
+    content = {"model": {"preset": "qwen3-30b-a3b"}, "data": {"source": "x"}}
+    run = parse_run(content, ["--model.num_kv_heads=null"])
+    assert parse_run(tomllib.loads(run.to_toml())).model.num_kv_heads is None
+
+
+def test_tables_of_the_test_are_a_run(tmp_path: Path) -> None:
+    assert parse_run(tables(tmp_path)).schedule(2) == 1.0
+
+
+def test_the_page_on_training_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for section, kind in SECTIONS.items():
+        if section != "model":
+            for field in fields(kind):
+                assert re.search(rf"`({section}\.)?{field.name}`", page), f"{section}.{field.name}"
+
+
+def test_the_examples_are_run_files() -> None:
+    for path in (Path(__file__).parents[2] / "examples").glob("*.toml"):
+        run = load_run_file(path)
+        assert run.model.num_experts % 4 == 0
+        check_single_process(run.mesh, {})
