@@ -14,7 +14,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 demo: install
 	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN)
 	$(BIN)/expertmesh eval $(RUN)
-	$(BIN)/expertmesh generate $(RUN) --prompt "$(PROMPT)" --max-new-tokens 300 --seed 0
+	$(BIN)/expertmesh generate $(RUN) --prompt "$(PROMPT)" --max-new-tokens 300 --seed 0 \
+	  --output $(RUN)/samples.txt
 	$(BIN)/expertmesh report $(RUN)
 
 install: $(VENV)/installed
@@ -39,7 +40,7 @@ test-all: install-dev
 	$(PYTEST) -m "not gpu"
 
 test-gpu:
-	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) benchmarks/gpu_tests.py
 
 lint: install-dev
 	$(BIN)/ruff check .

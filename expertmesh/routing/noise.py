@@ -68,7 +68,8 @@ class NormalNoise(Noise):
         """See ``Noise.forward``."""
         clean_TE = x_TD @ weight_ED.T
         num_experts = len(weight_ED)
-        std = clean_TE.new_tensor(self.std if self.std is not None else 1.0 / num_experts)
+        # Filled on the device: a number copied there would make the host wait.
+        std = clean_TE.new_full((), self.std if self.std is not None else 1.0 / num_experts)
         noise_TE = draw.normal("normal noise", num_experts, clean_TE.dtype)
         return NoisyLogits(clean_TE, clean_TE + std * noise_TE, std)
 
