@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/nano
 PROMPT := Fellow citizens of the Senate
+ARGS :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo install install-dev test test-all test-gpu lint types clean
 
 demo: install
-	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN)
+	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN) $(ARGS)
 	$(BIN)/expertmesh eval $(RUN)
 	$(BIN)/expertmesh generate $(RUN) --prompt "$(PROMPT)" --max-new-tokens 300 --seed 0 \
 	  --output $(RUN)/samples.txt
