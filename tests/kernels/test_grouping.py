@@ -1,8 +1,9 @@
 """Sorting assignments by expert, and bringing rows back."""
 
+import pytest
 import torch
 
-from expertmesh.kernels.grouping import combine, group_by_expert
+from expertmesh.kernels.grouping import combine, combine_zeroed, group_by_expert
 from expertmesh.testing import assert_close
 
 
@@ -38,3 +39,19 @@ def test_combine_masks_sentinels() -> None:
     unweighted = combine(rows, grouping, None, torch.float32)
     assert_close("unweighted", unweighted, torch.tensor([[5.0], [3.0]]))
     assert rows[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "k"), [(0, 2), (1, 1), (37, 3)])
+def test_combining_zeroed_rows_equals_combining_masked_ones(dtype, weighted, rows, k):
+    torch.manual_seed(rows)
+    expert_RK = torch.randint(0, 6, (rows, k))  # 5 is the sentinel
+    grouping = group_by_expert(expert_RK, 5)
+    rows_ND = torch.randn(rows * k, 7, dtype=dtype)
+    weight_RK = torch.randn(rows, k, dtype=dtype) if weighted else None
+    if weight_RK is not None:
+        weight_RK[expert_RK == 5] = torch.nan
+    rows_ND[int((expert_RK < 5).sum()) :] = 0
+    ours = combine_zeroed(rows_ND, grouping, weight_RK, torch.float64)
+    assert_close("sum", ours, combine(rows_ND, grouping, weight_RK, torch.float64), tol=1e-14)

@@ -19,7 +19,7 @@ from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import cast, without_autocast
 from expertmesh.kernels.grouped_gemm import LoopGemm
 from expertmesh.kernels.grouped_gemm.matmul import matmul_transposed, row_multiple
-from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
+from expertmesh.kernels.grouping import Grouping, combine_zeroed, group_by_expert
 from expertmesh.kernels.moe_mlp.grouped import run_grouped
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
 
@@ -82,6 +82,13 @@ def _take(x_RD: Tensor, row_B: Tensor) -> Tensor:
     return x_BD
 
 
+def _rows_by_position(x_RD: Tensor, num_rows: int, blocks: list[_Block]) -> Tensor:
+    """A buffer of x's width for the blocks to fill; the rows of sentinels, past them, are zero."""
+    rows_ND = x_RD.new_empty(num_rows, x_RD.shape[1])
+    rows_ND[blocks[-1].stop if blocks else 0 :].zero_()
+    return rows_ND
+
+
 def _add(bias_EO: Tensor | None, expert: int, y_NO: Tensor) -> Tensor:
     return y_NO if bias_EO is None else y_NO.add_(bias_EO[expert])
 
@@ -103,7 +110,7 @@ class _LoopFunction(torch.autograd.Function):
         row_N, ups, downs = grouping.row_N, up_EHD.unbind(0), down_EDF.unbind(0)
         blocks = _blocks(grouping.offsets_E, x_RD.dtype)
         pre_blocks = []
-        out_ND = x_RD.new_empty(len(row_N), x_RD.shape[1])
+        out_ND = _rows_by_position(x_RD, len(row_N), blocks)
         for expert, start, stop, _ in blocks:
             x_BD = _take(x_RD, row_N[start:stop])
             pre_BH = _add(up_bias_EH, expert, matmul_transposed(x_BD, ups[expert]))
@@ -116,7 +123,7 @@ class _LoopFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *grouping, *pre_blocks
         )
-        return cast(combine(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
+        return cast(combine_zeroed(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -153,7 +160,7 @@ class _Gradient:
         )
         num_rows, dtype = len(self.row_N), self.spec.sum_dtype
         idle = [e for e, count in enumerate(_counts(ctx.blocks, len(up_EHD))) if count == 0]
-        self.dx_ND = x_RD.new_empty(num_rows, x_RD.shape[1]) if wants_x else None
+        self.dx_ND = _rows_by_position(x_RD, num_rows, ctx.blocks) if wants_x else None
         self.dweight_N = weight_RK.new_empty(num_rows, dtype=dtype) if wants_weight else None
         self.dup_EHD = _buffer(up_EHD, idle) if wants_up else None
         self.ddown_EDF = _buffer(down_EDF, idle) if wants_down else None
@@ -200,7 +207,7 @@ class _Gradient:
         """Bring what lies by grouped position back to rows; in the order of ``forward``."""
         dx_RD, dweight_RK = None, None
         if self.dx_ND is not None:
-            dx_RD = combine(self.dx_ND, self.grouping, None, self.spec.sum_dtype)
+            dx_RD = combine_zeroed(self.dx_ND, self.grouping, None, self.spec.sum_dtype)
             dx_RD = dx_RD.to(self.x_RD.dtype)
         if self.dweight_N is not None:
             dweight_RK = self.dweight_N[self.grouping.inverse_RK]
@@ -226,7 +233,11 @@ def _buffer(parameter: Tensor, idle: list[int]) -> Tensor:
 
 
 def _accumulate(gradient_IO: Tensor, a_BI: Tensor, b_BO: Tensor, first: bool) -> None:
-    product_IO = matmul_transposed(a_BI.t(), b_BO.t())
+    # oneDNN copies the left operand to have it contiguous, so the narrower one goes there.
+    if a_BI.shape[1] <= b_BO.shape[1]:
+        product_IO = matmul_transposed(a_BI.t(), b_BO.t())
+    else:
+        product_IO = matmul_transposed(b_BO.t(), a_BI.t()).t()
     if first:
         gradient_IO.copy_(product_IO)
     else:
