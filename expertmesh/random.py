@@ -46,10 +46,15 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def _label(part: int | str) -> int:
-    if isinstance(part, str):
-        return int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
-    return part & _MASK
+def label(name: str) -> int:
+    """The number that stands for a name in ``fold``.
+
+    Code that is to be compiled makes its labels once, as constants: hashing cannot be traced.
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+_RADIUS, _ANGLE = label("radius"), label("angle")
 
 
 @overload
@@ -67,11 +72,12 @@ def fold(key: int | Tensor, *parts: int | str) -> int | Tensor:
         A key of the same kind, equal for an int and for a tensor that holds it.
     """
     for part in parts:
-        label = _mix_int((_label(part) + _GOLDEN) & _MASK)
+        number = label(part) if isinstance(part, str) else part & _MASK
+        mixed = _mix_int((number + _GOLDEN) & _MASK)
         if isinstance(key, Tensor):
-            key = _mix((key ^ _signed(label)) + _signed(_GOLDEN))
+            key = _mix((key ^ _signed(mixed)) + _signed(_GOLDEN))
         else:
-            key = _signed(_mix_int((((key & _MASK) ^ label) + _GOLDEN) & _MASK))
+            key = _signed(_mix_int((((key & _MASK) ^ mixed) + _GOLDEN) & _MASK))
     return key
 
 
@@ -105,8 +111,8 @@ def normal(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32)
     Returns:
         Tensor of ``index``'s shape.
     """
-    radius = torch.sqrt(-2.0 * torch.log1p(-uniform(fold(key, "radius"), index, dtype)))
-    return radius * torch.cos((2.0 * math.pi) * uniform(fold(key, "angle"), index, dtype))
+    radius = torch.sqrt(-2.0 * torch.log1p(-uniform(fold(key, _RADIUS), index, dtype)))
+    return radius * torch.cos((2.0 * math.pi) * uniform(fold(key, _ANGLE), index, dtype))
 
 
 @torch.no_grad()

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
+from expertmesh.random import label
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.scope import Scope, check_scope, scope_size
 from expertmesh.routing.selection import rank_within
+
+_DROP_ORDER = label("drop order")
 
 
 def _multiple_of_4(slots: int) -> int:
@@ -73,9 +76,11 @@ class Capacity:
     def __post_init__(self) -> None:
         for field in ("factor", "eval_factor"):
             value = getattr(self, field)
-            if value is not None and not value > 0:
+            if value is None and field == "eval_factor":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise UserError(
-                    f"capacity {field} must be above 0, got {value}; "
+                    f"capacity {field} must be a number above 0, got {value!r}; "
                     "leave the capacity out for dropless routing"
                 )
         if self.formula not in FORMULAS:
@@ -155,7 +160,7 @@ def _by_probability(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
 
 
 def _at_random(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
-    lottery_TK = draw.uniform("drop order", chosen_TK.shape[1], torch.float64)
+    lottery_TK = draw.uniform(_DROP_ORDER, chosen_TK.shape[1], torch.float64)
     return lottery_TK.reshape(-1).argsort(stable=True)
 
 

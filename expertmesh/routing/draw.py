@@ -30,15 +30,15 @@ class Draw:
     device: torch.device
     training: bool
 
-    def uniform(self, label: str, width: int, dtype: torch.dtype) -> Tensor:
-        """``(T, width)`` numbers in [0, 1) under a name."""
+    def uniform(self, label: int, width: int, dtype: torch.dtype) -> Tensor:
+        """``(T, width)`` numbers in [0, 1) under a label (see ``random.label``)."""
         return random.uniform(self._seed(label), self._index(width), dtype)
 
-    def normal(self, label: str, width: int, dtype: torch.dtype) -> Tensor:
-        """``(T, width)`` standard normal numbers under a name."""
+    def normal(self, label: int, width: int, dtype: torch.dtype) -> Tensor:
+        """``(T, width)`` standard normal numbers under a label (see ``random.label``)."""
         return random.normal(self._seed(label), self._index(width), dtype)
 
-    def _seed(self, label: str) -> Tensor:
+    def _seed(self, label: int) -> Tensor:
         if not self.training:
             seed = torch.zeros((), dtype=torch.int64, device=self.device)
         elif self.key is None:

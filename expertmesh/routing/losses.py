@@ -86,6 +86,15 @@ class BalanceLoss(ABC):
     name: str
     coef: float
 
+    def __post_init__(self) -> None:
+        coef = self.coef
+        number = isinstance(coef, int | float) and not isinstance(coef, bool)
+        if not number or not 0 <= coef < float("inf"):
+            raise UserError(
+                f"the coefficient of the {self.name} loss must be a number of at least 0, "
+                f"got {coef!r}"
+            )
+
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:
         """The loss with its coefficient, a scalar; 0 without tokens."""
@@ -165,6 +174,7 @@ class LoadBalancingLoss(BalanceLoss):
     name: str = "balance"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.form not in FORMS:
             raise UserError(
                 f"balance loss form must be one of {', '.join(FORMS)}, got {self.form!r}"

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertmesh.errors import UserError
+from expertmesh.random import label
 from expertmesh.routing.draw import Draw
+
+_NORMAL = label("normal noise")
+_UNIFORM = label("uniform noise")
+_JITTER = label("input jitter")
+_LEARNED = label("learned noise")
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class NormalNoise(Noise):
         num_experts = len(weight_ED)
         # Filled on the device: a number copied there would make the host wait.
         std = clean_TE.new_full((), self.std if self.std is not None else 1.0 / num_experts)
-        noise_TE = draw.normal("normal noise", num_experts, clean_TE.dtype)
+        noise_TE = draw.normal(_NORMAL, num_experts, clean_TE.dtype)
         return NoisyLogits(clean_TE, clean_TE + std * noise_TE, std)
 
 
@@ -92,7 +98,7 @@ class UniformNoise(Noise):
     def forward(self, x_TD: Tensor, weight_ED: Tensor, draw: Draw) -> NoisyLogits:
         """See ``Noise.forward``."""
         clean_TE = x_TD @ weight_ED.T
-        uniform_TE = draw.uniform("uniform noise", len(weight_ED), clean_TE.dtype)
+        uniform_TE = draw.uniform(_UNIFORM, len(weight_ED), clean_TE.dtype)
         return NoisyLogits(clean_TE, clean_TE * (1 + self.epsilon * (2 * uniform_TE - 1)))
 
 
@@ -113,7 +119,7 @@ class InputJitter(Noise):
 
     def forward(self, x_TD: Tensor, weight_ED: Tensor, draw: Draw) -> NoisyLogits:
         """See ``Noise.forward``."""
-        uniform_TD = draw.uniform("input jitter", x_TD.shape[1], x_TD.dtype)
+        uniform_TD = draw.uniform(_JITTER, x_TD.shape[1], x_TD.dtype)
         logits_TE = (x_TD * (1 + self.epsilon * (2 * uniform_TD - 1))) @ weight_ED.T
         return NoisyLogits(logits_TE, logits_TE)
 
@@ -150,5 +156,5 @@ class LearnedNoise(Noise):
         """See ``Noise.forward``."""
         clean_TE = x_TD @ weight_ED.T
         std_TE = functional.softplus(x_TD @ self.weight_ED.to(x_TD.dtype).T) + self.min_std
-        noise_TE = draw.normal("learned noise", len(weight_ED), clean_TE.dtype)
+        noise_TE = draw.normal(_LEARNED, len(weight_ED), clean_TE.dtype)
         return NoisyLogits(clean_TE, clean_TE + std_TE * noise_TE, std_TE)

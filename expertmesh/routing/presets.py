@@ -33,7 +33,7 @@ def _switch(dim: int, num_experts: int) -> Options:
 def _gshard(dim: int, num_experts: int) -> Options:
     """GShard (arXiv 2006.16668) in its code's form: top-2, weights shared before dropping.
 
-    The paper gives capacity out per local group: set ``capacity_scope`` to the group's tokens.
+    The paper gives capacity out per local group: set the capacity's ``scope`` to its tokens.
     """
     return {
         "k": 2,
@@ -141,7 +141,7 @@ def router_preset(
         bias_rate: Gives the router a selection bias of this rate, in place of the preset's.
         device: Where to make the parameters.
         overrides: Any argument of ``TopKRouter``, in place of the preset's. ``capacity`` and
-            ``group_limit`` may be given as a table of their fields.
+            ``group_limit`` may be given as a table of fields, which change the preset's.
 
     Returns:
         The router.
@@ -163,8 +163,11 @@ def router_preset(
                 f"(options: {', '.join(sorted(known))})"
             )
     for option, kind in (("capacity", Capacity), ("group_limit", GroupLimit)):
-        if isinstance(overrides.get(option), Mapping):
-            overrides[option] = kind(**overrides[option])
+        table = overrides.get(option)
+        if isinstance(table, Mapping):
+            preset = options.get(option)
+            made = kind(**table) if preset is None else dataclasses.replace(preset, **table)
+            overrides[option] = made
     options |= overrides
     if bias_rate is not None:
         options["bias"] = SelectionBias(num_experts, bias_rate)

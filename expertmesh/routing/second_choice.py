@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError
+from expertmesh.random import label
 from expertmesh.routing.draw import Draw
+
+_SECOND = label("second choice")
 
 
 class SkipRule(Protocol):
@@ -40,7 +43,7 @@ class RandomSecond:
         if not training:
             return torch.zeros_like(gate_TK, dtype=torch.bool)
         share_TK = gate_TK / gate_TK.sum(dim=1, keepdim=True)
-        chance_TK = draw.uniform("second choice", gate_TK.shape[1], gate_TK.dtype)
+        chance_TK = draw.uniform(_SECOND, gate_TK.shape[1], gate_TK.dtype)
         skip_TK = share_TK <= self.threshold * chance_TK
         skip_TK[:, 0] = False
         return skip_TK

@@ -102,9 +102,12 @@ def test_random_order_drops_evenly_and_follows_the_generator():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"factor": 0}, "capacity factor must be above 0, got 0"),
-        ({"factor": -1.0}, "must be above 0"),
-        ({"factor": 1.0, "eval_factor": 0}, "eval_factor must be above 0"),
+        ({"factor": 0}, "capacity factor must be a number above 0, got 0"),
+        ({"factor": -1.0}, "must be a number above 0"),
+        ({"factor": 1.0, "eval_factor": 0}, "eval_factor must be a number above 0"),
+        ({"factor": None}, "capacity factor must be a number above 0, got None"),
+        ({"factor": "1"}, "capacity factor must be a number above 0, got '1'"),
+        ({"factor": float("nan")}, "capacity factor must be a number above 0, got nan"),
         ({"factor": 1.0, "formula": "swich"}, "did you mean 'switch'"),
         ({"factor": 1.0, "order": "positon"}, "did you mean 'position'"),
         ({"factor": 1.0, "scope": "batch"}, "capacity scope must be"),

@@ -157,6 +157,13 @@ def test_load_loss_needs_additive_noise(noise):
         router(torch.randn(4, 8))
 
 
+@pytest.mark.parametrize("coef", [-1.0, float("nan"), float("inf"), "0.1", None, True])
+@pytest.mark.parametrize("kind", [LoadBalancingLoss, ImportanceLoss, LoadLoss, ZLoss])
+def test_coefficients_are_numbers(kind, coef):
+    with pytest.raises(ValueError, match="loss must be a number of at least 0, got"):
+        kind(coef=coef)
+
+
 def test_unknown_form_and_scope():
     with pytest.raises(ValueError, match="did you mean 'switch'"):
         LoadBalancingLoss(coef=1.0, form="swtch")

@@ -62,6 +62,8 @@ def test_overrides():
     assert router.capacity == Capacity(factor=2.0)
     assert make("olmoe", balance_coef=0, z_coef=0).losses == ()
     assert make("switch", capacity=None).capacity is None
+    looser = make("switch", capacity={"factor": 2.0}).capacity
+    assert looser == Capacity(factor=2.0, eval_factor=2.0, formula="switch")
 
 
 def test_unknown_names():
