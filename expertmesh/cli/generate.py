@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 HELP = "write text with a trained run; needs the extra hf"
 
+_NEW_TOKENS = 256
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command.
@@ -55,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", help="folder that `expertmesh train` wrote")
     parser.add_argument("--prompt", default="", help="what the text begins with")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens to write (default: 256, or what the model's max_seq_len leaves)",
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
     )
@@ -71,7 +78,7 @@ def _check(args: argparse.Namespace) -> None:
     from expertmesh.errors import UserError
 
     ranges: dict[str, tuple[str, bool]] = {
-        "max_new_tokens": ("at least 1", args.max_new_tokens >= 1),
+        "max_new_tokens": ("at least 1", args.max_new_tokens is None or args.max_new_tokens >= 1),
         "temperature": ("at least 0", args.temperature >= 0),
         "top_p": ("above 0 and at most 1", 0 < args.top_p <= 1),
         "top_k": ("at least 0", args.top_k >= 0),
@@ -86,6 +93,24 @@ def _check(args: argparse.Namespace) -> None:
 def _print_piece(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+def _new_tokens(asked: int | None, num_prompt: int, max_seq_len: int) -> int:
+    """How many tokens to write: the positions that the model has are all there is."""
+    from expertmesh.errors import UserError
+
+    room = max_seq_len - num_prompt
+    if room < 1:
+        raise UserError(
+            f"--prompt must be shorter than the model's max_seq_len={max_seq_len} tokens, "
+            f"got {num_prompt}; shorten it"
+        )
+    if asked is not None and asked > room:
+        raise UserError(
+            f"--max-new-tokens must be at most {room} (max_seq_len={max_seq_len} less "
+            f"{num_prompt} tokens of the prompt), got {asked}; set --max-new-tokens={room}"
+        )
+    return min(_NEW_TOKENS, room) if asked is None else asked
 
 
 class _Sampler:
@@ -104,7 +129,8 @@ class _Sampler:
         # An empty prompt begins where a document does: after the end of the one before.
         ids = [int(token) for token in tokenizer.encode(args.prompt)] or [tokenizer.eos_id]
         self.prompt = torch.tensor([ids], device=model.embedding.weight.device)
-        self.options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+        new_tokens = _new_tokens(args.max_new_tokens, len(ids), model.config.max_seq_len)
+        self.options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
         if args.temperature > 0:
             self.options |= {
                 "do_sample": True,

@@ -80,7 +80,7 @@ def _describe(run: "RunFile", trainer: "Trainer") -> None:
         f"{run.train.batch} per step, {run.train.steps:,} steps"
     )
     print(f"device   {trainer.device}, {run.train.precision}")
-    print(f"folder   {run.folder}  (config.toml, metrics.jsonl, checkpoints/)")
+    print(f"folder   {run.folder}  (config.toml, data.json, metrics.jsonl, checkpoints/)")
     if trainer.step:
         print(f"continuing after step {trainer.step}")
         for change in trainer.changes():
@@ -90,6 +90,7 @@ def _describe(run: "RunFile", trainer: "Trainer") -> None:
 def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
     """The last evaluation, with the tokens that each expert takes."""
     from expertmesh.train.evaluate import ExpertTokens
+    from expertmesh.train.files import write_whole
 
     table: dict[str, object] = {"layers": {}}
     evaluation = outcome.evaluation
@@ -97,8 +98,7 @@ def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
         with ExpertTokens(trainer.model, run.model.vocab_size) as counts:
             evaluation = trainer.evaluator(trainer.model)
         table = counts.table(trainer.data.tokenizer)
-    path = run.folder / EXPERT_TOKENS
-    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
+    write_whole(run.folder / EXPERT_TOKENS, json.dumps(table) + "\n")
     print(f"done     {outcome.step:,} steps, {trainer.clock.tokens:,} tokens")
     if evaluation is not None:
         bits = evaluation.bits_per_byte

@@ -40,6 +40,8 @@ class DataConfig:
                 "data: set either source (one data set) or mix (several with weights), "
                 f"got source={self.source!r} and mix={self.mix!r}"
             )
+        if not self.fields:
+            raise UserError('data.fields must name at least one field, got none; set ["text"]')
         if self.seq_len < 1:
             raise UserError(f"data.seq_len must be at least 1, got {self.seq_len}")
         if not 0 <= self.val_fraction < 1:

@@ -65,8 +65,9 @@ def read_corpus(
 
 def _local(path: Path, fields: tuple[str, ...]) -> Corpus:
     if path.is_file():
-        # A single file of an unknown kind is taken for text: the user pointed at it.
-        files = {path.name: path}
+        # A single file of an unknown kind is taken for text: the user pointed at it. Its ending
+        # says how it is read; the rest of its name says nothing, so a renamed file is the same.
+        files = {path.suffix.lower(): path}
     else:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
         files = {p.relative_to(path).as_posix(): p for p in found}
@@ -209,6 +210,8 @@ def _hub(source: str, fields: tuple[str, ...]) -> Corpus:
     """``hf:NAME[@CONFIG][:SPLIT[:FIELD]]``; NAME may be a local folder."""
     name, split, field = [*source.removeprefix("hf:").split(":"), "", ""][:3]
     name, _, config = name.partition("@")
+    if not name:
+        raise UserError(f"data.source {source!r} names no data set; write hf:NAME")
     split = split or "train"
     chosen = (field,) if field else fields
     datasets = require("datasets", extra="hf")

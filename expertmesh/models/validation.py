@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from expertmesh.errors import nearest
 from expertmesh.kernels.activations import ACTIVATIONS
+from expertmesh.routing import Capacity, GroupLimit
 
 if TYPE_CHECKING:
     from expertmesh.models.config import DecoderConfig
@@ -27,6 +30,11 @@ ROUTER_FIELDS = {
     "device": "the model's",
     "dtype": "the model's",
 }
+PRESET_NUMBERS = ("balance_coef", "z_coef", "bias_rate")
+ROUTER_NUMBERS = ("scale", "init_std")
+ROUTER_TEXTS = ("score", "renormalize")
+ROUTER_TABLES: dict[str, type] = {"capacity": Capacity, "group_limit": GroupLimit}
+ROUTER_OBJECTS = ("noise", "skip", "bias")
 EXPERT_FIELDS = ("experts_per_token", "expert_hidden", "num_shared_experts", "first_dense")
 
 
@@ -151,6 +159,48 @@ def _check_router_options(config: DecoderConfig) -> None:
                 f"router_options.{option} must be a number, text, table or None, which a run file "
                 f"can hold, got {type(value).__name__}; build an MoE layer for more"
             )
+        _check_router_option(f"router_options.{option}", option, value)
+
+
+def _check_router_option(name: str, option: str, value: object) -> None:
+    """Types: the router takes what it is given, and would fail at its first forward pass."""
+    if option in PRESET_NUMBERS:
+        if value is not None:
+            _number(name, value, least=0.0)
+    elif option in ROUTER_NUMBERS:
+        _number(name, value)
+    elif option in ROUTER_TEXTS:
+        _text(name, value)
+    elif option in ROUTER_TABLES:
+        if value is not None:
+            _check_table(name, value, ROUTER_TABLES[option])
+    elif option in ROUTER_OBJECTS and value is not None:
+        raise ValueError(
+            f"{name} can only be None, which takes the preset's away, or left out, got {value!r}; "
+            "build an MoE layer for more"
+        )
+    elif option == "losses":
+        raise ValueError(f"{name} is not an option here; set balance_coef and z_coef instead")
+
+
+def _check_table(name: str, value: object, kind: type) -> None:
+    """A table whose entries are fields of a dataclass, of their types."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a table of {', '.join(fields)}, got {value!r}")
+    for key, item in value.items():
+        if key not in fields:
+            hint = nearest(str(key), fields)
+            raise ValueError(f"{name}.{key} is unknown{hint} (its entries are {', '.join(fields)})")
+        if fields[key] is float or (fields[key] == float | None and item is not None):
+            _number(f"{name}.{key}", item)
+        elif fields[key] is int:
+            _integer(f"{name}.{key}", item)
+        elif key != "scope":
+            _text(f"{name}.{key}", item)
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in value:
+            raise ValueError(f"{name} has no {field.name}, which has no default; set it too")
 
 
 def _is_plain(value: object) -> bool:
@@ -167,6 +217,23 @@ def _check_dense(config: DecoderConfig) -> None:
             f"dense_hidden has no meaning when every block is MoE, got {config.dense_hidden}; "
             "leave it out, or set moe_every or first_dense"
         )
+
+
+def _number(name: str, value: object, least: float = -math.inf) -> None:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not least <= value < math.inf:  # type: ignore[operator]  # numeric, see above
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}; set one")
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}; set one")
+
+
+def _integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value!r}; set one")
 
 
 def _at_least(config: DecoderConfig, name: str, least: int) -> None:

@@ -62,6 +62,8 @@ class Checkpoint:
             files = dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} has no readable {MANIFEST}; it is not used") from None
+        if unlisted := [name for name in (MODEL, OPTIMIZER, STATE) if name not in files]:
+            raise UserError(f"{self.path / MANIFEST} has no hash of {unlisted}; it is not used")
         for name, expected in files.items():
             file = self.path / name
             if not file.is_file():
@@ -105,7 +107,8 @@ class CheckpointFolder:
         """Finished checkpoints, oldest first. Contents are not read: see ``Checkpoint.verify``."""
         if not self.path.is_dir():
             return []
-        found = ((_NAME.fullmatch(entry.name), entry) for entry in self.path.iterdir())
+        folders = [entry for entry in self.path.iterdir() if entry.is_dir()]
+        found = ((_NAME.fullmatch(entry.name), entry) for entry in folders)
         return sorted(
             (Checkpoint(entry, int(match[1])) for match, entry in found if match is not None),
             key=lambda checkpoint: checkpoint.step,

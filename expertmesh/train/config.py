@@ -1,6 +1,5 @@
 """A run as one value: what a run file and the command line's overrides say, checked."""
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +8,15 @@ from expertmesh.data import DataConfig
 from expertmesh.errors import UserError
 from expertmesh.models.config import DecoderConfig
 from expertmesh.train import toml
+from expertmesh.train.files import write_whole
 from expertmesh.train.mesh import MeshConfig
 from expertmesh.train.optimizer import OptimConfig
 from expertmesh.train.precision import PrecisionName
 from expertmesh.train.schedule import Schedule
 
 CONFIG = "config.toml"
+NOTHING = "none"
+"""How a run file says None for a router's option, since TOML has no null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,10 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise UserError("run.dir must name a folder, got ''; set run.dir, as in \"runs/one\"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +141,13 @@ class RunFile:
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
+    def __post_init__(self) -> None:
+        if self.model.losses != "attach":
+            raise UserError(
+                f"model.losses must be 'attach' in a run, got {self.model.losses!r}: the trainer "
+                "adds no balance losses by itself; leave it out"
+            )
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -153,16 +166,17 @@ class RunFile:
 
     def to_toml(self) -> str:
         """A run file that gives this very run: presets are resolved into their values."""
-        return toml.dumps(asdict(self))
+        tables = asdict(self)
+        # Elsewhere a null is the default and may be left out; here it takes something away.
+        options = tables["model"]["router_options"]
+        tables["model"]["router_options"] = {
+            key: NOTHING if value is None else value for key, value in options.items()
+        }
+        return toml.dumps(tables)
 
     def save(self) -> Path:
         """Write ``config.toml`` into the run's folder, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / CONFIG
-        unfinished = path.with_name(f".{CONFIG}.unfinished")
-        unfinished.write_text(self.to_toml(), encoding="utf-8")
-        os.replace(unfinished, path)
-        return path
+        return write_whole(self.folder / CONFIG, self.to_toml())
 
 
 def differences(old: RunFile, new: RunFile) -> list[str]:

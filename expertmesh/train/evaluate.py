@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertmesh.data import Batch, Dataset, Tokenizer
+from expertmesh.data import Batch, Dataset, Tokenizer, in_order
 from expertmesh.data.loader import collate
 from expertmesh.errors import UserError
 from expertmesh.layer import moe_layers
@@ -95,9 +95,10 @@ class Evaluator:
         return Evaluation(nats, num_targets, num_bytes if is_bytes else None)
 
     def _batches(self) -> Iterator[Batch]:
-        num_samples = len(self.dataset)
-        if self.batches is not None:
-            num_samples = min(num_samples, self.batches * self.batch)
+        if self.batches is None:
+            yield from in_order(self.dataset, self.batch)
+            return
+        num_samples = min(len(self.dataset), self.batches * self.batch)
         # Spread, not the first ones: those may all be of one document.
         chosen = [i * len(self.dataset) // num_samples for i in range(num_samples)]
         for start in range(0, num_samples, self.batch):

@@ -1,12 +1,12 @@
 """A run's numbers on disk: JSON lines always, TensorBoard when asked."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from expertmesh.errors import require
+from expertmesh.train.files import write_whole
 
 METRICS, ROUTING = "metrics.jsonl", "routing.jsonl"
 
@@ -23,9 +23,7 @@ class JSONLines:
     def __init__(self, path: Path, *, after: int) -> None:
         self.path = path
         kept = [line for line in self._lines() if line["step"] <= after]
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(unfinished, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one object; it must hold ``"step"``."""
@@ -33,15 +31,17 @@ class JSONLines:
             file.write(json.dumps(entry) + "\n")
 
     def _lines(self) -> list[dict[str, Any]]:
-        """What is there, without a last line that a crash cut short."""
+        """What is there, without lines that a crash cut short or that are no entry."""
         if not self.path.exists():
             return []
         lines = []
-        for text in self.path.read_text().splitlines():
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
-                break
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
         return lines
 
 

@@ -24,9 +24,10 @@ from expertmesh.train.progress import (
     overall,
     routing_summaries,
 )
+from expertmesh.train.provenance import check_same_data, save_provenance
 from expertmesh.train.run_file import load_run_file
 from expertmesh.train.signals import StopRequest
-from expertmesh.train.step import Stepper, StepResult
+from expertmesh.train.step import Stepper, StepResult, check_finite
 
 CHECKPOINTS = "checkpoints"
 
@@ -70,6 +71,8 @@ class Trainer:
         resume_from, self.notes = self._find_checkpoint()
         self.data = build_data(run.data) if data is None else data
         check_data_fits(run, self.data)
+        if resume_from is not None:
+            check_same_data(run.folder, self.data.provenance)
         self.loader = Loader(self.data.train, batch_size=run.train.batch, seed=run.run.seed)
         self.evaluator = make_evaluator(run, self.data, self.device)
         self.model = build_model(run, self.device)
@@ -100,6 +103,7 @@ class Trainer:
                 checkpoint is untouched.
         """
         self.run.save()
+        save_provenance(self.run.folder, self.data.provenance)
         logger = RunLogger(self.run.folder, after=self.step, tensorboard=self.run.run.tensorboard)
         evaluation = None
         saved_step = self.step
@@ -119,7 +123,13 @@ class Trainer:
         return Outcome(self.step, None if self.done else stop.name, evaluation)
 
     def save(self) -> Checkpoint:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step.
+
+        Raises:
+            UserError: If it cannot be written, or a weight is not finite: a gradient that was can
+                lead there, and such a checkpoint would push out those that can be continued.
+        """
+        check_finite(self.model, self.step)
         state = {
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds,
@@ -152,8 +162,11 @@ class Trainer:
         metrics: dict[str, Any] = {"step": self.step, "loss": result.loss}
         evaluation = None
         if evaluate and self.evaluator is not None:
+            check_finite(self.model, self.step)
             evaluation = self.evaluator(self.model)
             metrics["val_loss"] = evaluation.loss
+            if evaluation.bits_per_byte is not None:
+                metrics["val_bits_per_byte"] = evaluation.bits_per_byte
             forget_routing(self.model)
         metrics["lr"] = self._lr(self.step)
         if result.grad_norm is not None:

@@ -38,14 +38,24 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beta1", "beta2", "final"):
+        if not 0.0 <= self.final <= 1.0:
+            raise UserError(f"optim.final must be between 0 and 1, got {self.final}")
+        for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise UserError(f"optim.{name} must be between 0 and 1, got {value}")
-        for name in ("warmup_steps", "decay_steps", "eps", "weight_decay", "clip", "lr"):
+            if not 0.0 <= value < 1.0:
+                raise UserError(f"optim.{name} must be at least 0 and below 1, got {value}")
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip", "lr"):
             value = getattr(self, name)
             if value < 0:
                 raise UserError(f"optim.{name} must not be negative, got {value}; set it >= 0")
+        if not self.eps > 0:
+            # An expert that got no token has moments of 0: its step would be 0 / 0.
+            raise UserError(f"optim.eps must be above 0, got {self.eps}; set optim.eps = 1e-8")
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise UserError(
+                f"optim.decay_steps is the last phase of schedule 'wsd' and of no other, got "
+                f"decay_steps={self.decay_steps} with schedule={self.schedule!r}; set both or none"
+            )
 
 
 def decays(name: str, param: nn.Parameter) -> bool:

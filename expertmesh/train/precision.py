@@ -43,7 +43,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
+            device = torch.empty(0, device=name).device
+            if device.type == "meta":
+                raise RuntimeError("the meta device computes nothing")
+            return device
         except (RuntimeError, AssertionError) as error:
             raise UserError(
                 f"run.device must be auto, cpu or another device that torch finds here, got "

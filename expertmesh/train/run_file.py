@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from expertmesh.errors import UserError, nearest
 from expertmesh.models.presets import decoder_preset
-from expertmesh.train.config import RunFile
+from expertmesh.train.config import NOTHING, RunFile
 
 SECTIONS: dict[str, type] = get_type_hints(RunFile)
 _FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
@@ -87,14 +87,23 @@ def _checked_flags(overrides: Sequence[str]) -> list[str]:
             raise UserError(f"unexpected argument {word!r}; overrides are --section.key=value")
         name, value = match[1], match[2]
         section, _, key = name.partition(".")
-        if section not in SECTIONS or key.split(".")[0] not in _known(section):
+        if section in SECTIONS and not key:
+            raise UserError(f"--{name} is a table; set a field of it, as in --{name}.FIELD=VALUE")
+        field, _, inner = key.partition(".")
+        if section not in SECTIONS or field not in _known(section):
             raise UserError(f"unknown option --{name}{_hint(section, key)}")
+        if inner and not _is_table(section, field):
+            raise UserError(f"unknown option --{name}; {section}.{field} is no table")
         if value is None:
             if not rest or _FLAG.fullmatch(rest[0]):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             value = rest.pop(0)
         words.append(f"--{name}={value}")
     return words
+
+
+def _is_table(section: str, field: str) -> bool:
+    return get_origin(get_type_hints(SECTIONS[section]).get(field)) is dict
 
 
 def _hint(section: str, key: str) -> str:
@@ -204,8 +213,12 @@ def _type_name(hint: Any) -> str:
 
 def _build(section: str, values: Any) -> Any:
     """Make the dataclass; what it refuses is said with the table's name before it."""
+    arguments = dict(vars(values))
+    if section == "model":
+        options = arguments["router_options"]
+        arguments["router_options"] = {k: None if v == NOTHING else v for k, v in options.items()}
     try:
-        return SECTIONS[section](**vars(values))
+        return SECTIONS[section](**arguments)
     except (ValueError, TypeError) as error:
         # A TypeError can come from free-form options only, which the parser cannot check.
         text = str(error)

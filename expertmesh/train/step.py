@@ -192,6 +192,20 @@ class Stepper:
         return float(norm)
 
 
+def check_finite(model: nn.Module, step: int) -> None:
+    """Refuse a model with a weight that is not finite, naming the first one.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for name, param in model.named_parameters():
+        if not bool(param.detach().isfinite().all()):
+            raise UserError(
+                f"{name} is not finite after step {step}; nothing was saved; set a lower optim.lr "
+                "and start again: the run continues from its last checkpoint"
+            )
+
+
 def _not_finite(what: str, value: float, step: int) -> str:
     return (
         f"the {what} is {value} at step {step}; the step was not taken and nothing was saved; "

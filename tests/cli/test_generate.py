@@ -72,6 +72,22 @@ def test_values_out_of_range_are_named(
     assert f"error: {flag} must be" in capsys.readouterr().err
 
 
+def test_what_the_model_has_no_positions_for_is_refused(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from expertmesh.train.finished import load_run
+
+    longest = load_run(folder).model.config.max_seq_len
+    room = longest - len("7 bottles")
+    prompt = ["generate", folder, "--prompt", "7 bottles"]
+    assert main([*prompt, "--max-new-tokens", str(room + 1)]) == 2
+    assert f"set --max-new-tokens={room}" in capsys.readouterr().err
+    assert main(["generate", folder, "--prompt", "x" * longest]) == 2
+    assert f"max_seq_len={longest}" in capsys.readouterr().err
+    assert main([*prompt, "--max-new-tokens", str(room)]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_without_transformers_the_pip_line_is_printed(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

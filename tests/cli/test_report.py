@@ -5,7 +5,9 @@ import pytest
 
 from expertmesh.cli import main as cli
 from expertmesh.cli import report
+from expertmesh.train.loop import Trainer
 from tests.report.synthetic import write_run
+from tests.train.tiny import Silent, make_run
 
 
 def test_says_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +18,18 @@ def test_says_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert pictures.split() == ["pictures", str(path / "figures" / "*.png")]
     assert (path / "report.html").is_file()
     assert (path / "figures" / "loss.png").is_file()
+
+
+def test_the_page_of_a_real_run_holds_its_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--train.steps=2")
+    Trainer(run).fit(Silent())
+    sample = ["--prompt", "7 <bottles>", "--max-new-tokens", "4"]
+    output = ["--output", str(run.folder / "samples.txt")]
+    assert cli.main(["generate", str(run.folder), *sample, *output]) == 0
+    assert cli.main(["report", str(run.folder)]) == 0
+    page = (run.folder / "report.html").read_text()
+    assert "7 &lt;bottles&gt;" in page
+    assert "bits per byte" in page
 
 
 def test_output_leaves_the_run_alone(tmp_path: Path) -> None:

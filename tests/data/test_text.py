@@ -123,10 +123,12 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
         read_corpus(str(tmp_path))
 
 
-def test_identity_follows_content_names_and_fields(tmp_path):
+def test_identity_follows_content_ending_and_fields(tmp_path):
     path = write(tmp_path / "a.txt", "one")
     first = read_corpus(str(path)).identity
     assert read_corpus(str(path)).identity == first
+    assert read_corpus(str(write(tmp_path / "renamed.txt", "one"))).identity == first
+    assert read_corpus(str(write(tmp_path / "a.md", "one"))).identity != first
     assert read_corpus(str(path), fields=("body",)).identity != first
     write(path, "two")
     assert read_corpus(str(path)).identity != first

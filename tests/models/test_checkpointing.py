@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.random import RandomKey
 from tests.models.conftest import GROUPED, SHAPES
 
 
@@ -24,6 +25,34 @@ def test_gradients_are_the_same(changes: dict, tokens: Tensor) -> None:
     expected, actual = gradients(plain, tokens), gradients(saving, tokens)
     for name, grad in expected.items():
         assert torch.equal(actual[name], grad), name
+
+
+RANDOM_DROPS = {
+    "router": "switch",
+    "experts_per_token": 1,
+    "router_options": {"capacity": {"factor": 0.5, "order": "random"}},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_noise_and_random_drops_come_back_by_key_and_under_autocast(
+    dtype: torch.dtype, tokens: Tensor
+) -> None:
+    key = RandomKey.of(0, 3, torch.arange(tokens.numel()).view_as(tokens))
+    grads, dropped = [], []
+    for saving in (False, True):
+        model = DecoderLM(DecoderConfig(**{**GROUPED, **RANDOM_DROPS}))
+        if saving:
+            model.checkpoint_blocks()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(tokens, key=key)
+        logits.float().square().mean().backward()
+        grads.append({name: param.grad for name, param in model.named_parameters()})
+        dropped.append(model.blocks[1].moe.metrics()["dropped"].value)
+    assert dropped[0].sum() > 0
+    assert torch.equal(*dropped)
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
 
 
 def test_latent_gradients_are_the_same(tokens: Tensor) -> None:

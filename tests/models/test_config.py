@@ -1,5 +1,6 @@
 """Configurations: what is refused, and what the arithmetic says."""
 
+import math
 from typing import Any
 
 import pytest
@@ -25,6 +26,25 @@ from tests.models.conftest import GROUPED, LATENT, SHAPES
         ({"router_options": {"renormalise": "no"}}, "did you mean 'renormalize'"),
         ({"router_options": {"k": 1}}, "the router's k is experts_per_token; set that"),
         ({"router_options": {"noise": b"x"}}, "router_options.noise must be a number"),
+        ({"router_options": {"noise": "jitter"}}, "noise can only be None.*or left out"),
+        ({"router_options": {"losses": 1}}, "set balance_coef and z_coef instead"),
+        ({"router_options": {"balance_coef": "x"}}, "balance_coef must be a finite number"),
+        (
+            {"router_options": {"z_coef": -1}},
+            "z_coef must be .* of at least 0, got -1",
+        ),
+        ({"router_options": {"scale": math.nan}}, "scale must be a finite number, got nan"),
+        ({"router_options": {"capacity": 1.5}}, "capacity must be a table of factor, .*, got 1.5"),
+        ({"router_options": {"capacity": {"factor": "2"}}}, "capacity.factor must be a finite"),
+        ({"router_options": {"capacity": {"factor": 0}}}, "capacity factor must be above 0, got 0"),
+        ({"router_options": {"capacity": {"fctor": 1}}}, "capacity.fctor is unknown.*'factor'"),
+        ({"router_options": {"capacity": {"order": "token"}}}, "capacity has no factor"),
+        ({"router_options": {"score": 3}}, "router_options.score must be a text, got 3"),
+        (
+            {"router_options": {"capacity": {"factor": 1, "order": 3}}},
+            "capacity.order must be a text",
+        ),
+        ({"router_options": {"group_limit": {"kept": 1.5}}}, "group_limit.kept must be an integer"),
         ({"activation": "sillu"}, "did you mean 'silu'"),
         ({"position": "rotation"}, "position must be one of rotary, learned, none"),
         ({"attention": "mha"}, "attention must be one of gqa, mla, got 'mha'"),

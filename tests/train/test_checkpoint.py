@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from expertmesh.errors import UserError
-from expertmesh.train.checkpoint import CheckpointFolder
+from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
 
 
@@ -74,6 +74,17 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (folder.save(1, *trained(), {}).path / name).unlink()
     with pytest.raises(UserError, match=rf"no usable checkpoint: .*{name}"):
         folder.newest_valid()
+
+
+def test_a_manifest_without_hashes_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    with pytest.raises(UserError, match=r"manifest.json has no hash of .*model.safetensors"):
+        Checkpoint(tmp_path, 1).verify()
+
+
+def test_a_file_with_a_checkpoints_name_is_none(tmp_path: Path) -> None:
+    (tmp_path / "step_00000009").write_text("x")
+    assert CheckpointFolder(tmp_path).newest_valid() == (None, [])
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def test_lines_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
     assert first["loss"] == 0.1 + 0.2
 
 
+def test_lines_that_are_no_entry_are_left_out(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 2.0}', "torn", "5", "{}", '{"step": 2, "loss": 1.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    RunLogger(tmp_path, after=9)
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+
+
 def test_tensorboard_events_hold_every_number(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path, tensorboard=True)
     logger.log({"step": 7, "loss": 2.5}, {})

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -50,7 +51,12 @@ EVERYTHING = {
         "--model.experts_per_token=1",
         "--model.router_options.bias_rate=0.01",
     ),
-    "fp16": ("--train.precision=fp16", "--train.micro_batch=2", "--optim.schedule=wsd"),
+    "fp16": (
+        "--train.precision=fp16",
+        "--train.micro_batch=2",
+        "--optim.schedule=wsd",
+        "--optim.decay_steps=3",
+    ),
     "bf16": ("--train.precision=bf16", "--train.checkpoint_activations=true"),
 }
 
@@ -115,6 +121,10 @@ def test_the_run_learns_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert display.entries == entries
     assert [entry["step"] for entry in entries] == [1, 5, 10, 15, 20, 25, 30]
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [10, 20, 30]
+    for entry in entries:
+        # Bytes and the mark behind a document differ by one target in hundreds.
+        bits = entry["val_loss"] / math.log(2) if "val_loss" in entry else None
+        assert entry.get("val_bits_per_byte") == (bits and pytest.approx(bits, rel=0.02))
     last = entries[-1]
     assert last["tokens"] == 30 * 4 * 16
     assert last["lr"] == pytest.approx(3e-4)
@@ -170,6 +180,24 @@ def test_a_loss_that_is_not_finite_saves_nothing(
     assert folder.newest_valid()[0] is not None
 
 
+def test_weights_that_are_not_finite_never_become_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "--train.save_every=1", "--eval.every=0")
+
+    def breaking(self: Stepper, step: int, batch: Any) -> Any:
+        result = original(self, step, batch)
+        if step == 4:
+            next(self.model.parameters()).data.view(-1)[0] = float("nan")
+        return result
+
+    original = Stepper.step
+    monkeypatch.setattr(Stepper, "step", breaking)
+    with pytest.raises(UserError, match=r"embedding.weight is not finite after step 4; nothing"):
+        fit(run)
+    assert [checkpoint.step for checkpoint in Trainer(run).checkpoints.complete()] == [2, 3]
+
+
 def test_resume_none_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     fit(make_run(tmp_path))
     with pytest.raises(UserError, match=r'already holds a run.*set run.resume = "auto"'):
@@ -200,6 +228,23 @@ def test_a_corrupt_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
     trainer = Trainer(run)
     assert trainer.step == 3
     assert f"{weights} is corrupt" in trainer.notes[0]
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    fit(run)
+    (record,) = json.loads((run.folder / "data.json").read_text())["sources"]
+    assert record["source"] == run.data.source
+    moved = Path(run.data.source).rename(tmp_path / "moved.txt")
+    assert Trainer(make_run(tmp_path, f"--data.source={moved}", "--train.steps=7")).step == 6
+    with moved.open("a") as text:
+        text.write("one more line\n")
+    changed = (f"--data.source={moved}", "--train.steps=8")
+    with pytest.raises(UserError, match=r"begun with other data: .*text.txt.*moved.txt"):
+        Trainer(make_run(tmp_path, *changed))
+    assert json.loads((run.folder / "data.json").read_text())["sources"] == [record]
+    fresh = Trainer(make_run(tmp_path, *changed, f"--run.dir={tmp_path}/fresh"))
+    assert fresh.fit(Silent()).step == 8
 
 
 def test_a_vocabulary_or_sequence_too_large_for_the_model_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ def test_only_fp16_scales_the_loss() -> None:
     assert enabled == {"fp32": False, "bf16": False, "fp16": True}
 
 
+def test_the_meta_device_is_refused() -> None:
+    with pytest.raises(UserError, match="the meta device computes nothing"):
+        pick_device("meta")
+
+
 def test_device_by_name_and_automatically() -> None:
     assert pick_device("cpu") == CPU
     with pytest.raises(UserError, match=r"run.device must be auto, cpu or .*got 'gpu'"):

@@ -75,7 +75,21 @@ def test_tables_within_options_merge_key_by_key() -> None:
         ("--train.keep=0", "train.keep must be at least 1, got 0"),
         ("--eval.batches=0", "eval.batches must be at least 1, got 0"),
         ("--optim.lr=-1", "optim.lr must not be negative, got -1.0"),
-        ("--optim.beta1=2", "optim.beta1 must be between 0 and 1, got 2.0"),
+        ("--optim.beta1=1", "optim.beta1 must be at least 0 and below 1, got 1.0"),
+        ("--optim.final=2", "optim.final must be between 0 and 1, got 2.0"),
+        ("--optim.eps=0", "optim.eps must be above 0, got 0.0"),
+        ("--optim.decay_steps=5", "decay_steps=5 with schedule='cosine'; set both or none"),
+        ("--optim.schedule=wsd", "decay_steps=0 with schedule='wsd'; set both or none"),
+        ("--model.losses=return", "model.losses must be 'attach' in a run, got 'return'"),
+        ("--model.router_options.capacity=0", "capacity must be a table of factor, .*, got 0"),
+        ("--model.router_options.capacity.factor=-1", "capacity factor must be above 0, got -1"),
+        ("--model.router_options.capacity.factor=two", "must be a finite number, got 'two'"),
+        ("--model.router_options.capacity.facto=1", r"did you mean 'factor'\?"),
+        ("--model.router_options.balance_coef=x", "balance_coef must be a finite number"),
+        ("--run.dir=", "run.dir must name a folder"),
+        ("--data.fields=[]", "data.fields must name at least one field"),
+        ("--train=3", "--train is a table; set a field of it"),
+        ("--train.steps.more=3", "unknown option --train.steps.more; train.steps is no table"),
         ("--model.experts_per_token=9", "must be between 1 and num_experts=4, got 9"),
         ("--model.preset=nanoo", r"model.preset: .*did you mean 'nano'\?"),
         ("--model.router=mixtrl", r"\[model\] router must be .*did you mean 'mixtral'\?"),
@@ -125,6 +139,15 @@ def test_a_null_in_a_preset_stays_a_null() -> None:
     content = {"model": {"preset": "qwen3-30b-a3b"}, "data": {"source": "x"}}
     run = parse_run(content, ["--model.num_kv_heads=null"])
     assert parse_run(tomllib.loads(run.to_toml())).model.num_kv_heads is None
+
+
+def test_a_null_takes_a_routers_option_away_for_good(tmp_path: Path) -> None:
+    words = ["--model.router=switch", "--model.experts_per_token=1"]
+    run = make_run(tmp_path, *words, "--model.router_options.capacity=null")
+    assert run.model.build_router().capacity is None
+    assert load_run_file(run.save()) == run
+    assert run == make_run(tmp_path, *words, "--model.router_options.capacity=none")
+    assert make_run(tmp_path, *words).model.build_router().capacity is not None
 
 
 def test_tables_of_the_test_are_a_run(tmp_path: Path) -> None:
