@@ -6,18 +6,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/nano
-PROMPT := Fellow citizens of the Senate
+PROMPT := Good morrow, my lord.
 ARGS :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Threads that spin while they wait make training ten times slower once another program wants a
+# core; those that sleep do not.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo install install-dev test test-all test-gpu lint types clean
 
 demo: install
 	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN) $(ARGS)
 	$(BIN)/expertmesh eval $(RUN)
-	$(BIN)/expertmesh generate $(RUN) --prompt "$(PROMPT)" --max-new-tokens 300 --seed 0 \
+	$(BIN)/expertmesh generate $(RUN) --prompt "$(PROMPT)" --max-new-tokens 220 --seed 0 \
 	  --output $(RUN)/samples.txt
 	$(BIN)/expertmesh report $(RUN)
+	@echo "More: source $(BIN)/activate, then expertmesh --help"
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev

@@ -1,6 +1,6 @@
 """Run the tests that need a GPU and keep what came of them.
 
-    python benchmarks/gpu_tests.py
+python benchmarks/gpu_tests.py
 """
 
 import sys
