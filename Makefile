@@ -10,10 +10,6 @@ PROMPT := Good morrow, my lord.
 ARGS :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Threads that spin while they wait make training ten times slower once another program wants a
-# core; those that sleep do not.
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: demo install install-dev test test-all test-gpu lint types clean
 
 demo: install

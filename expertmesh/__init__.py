@@ -1,77 +1,65 @@
 """Mixture-of-Experts for PyTorch: one layer, the same numbers on every mesh.
 
-The public names are those below; models, data, training and reports live in the sub-packages
-``expertmesh.models``, ``expertmesh.data``, ``expertmesh.train``, ``expertmesh.report``,
-``expertmesh.hf`` and ``expertmesh.testing``.
+The public names are those of ``_PLACES``; models, data, training and reports live in the
+sub-packages ``expertmesh.models``, ``expertmesh.data``, ``expertmesh.train``,
+``expertmesh.report``, ``expertmesh.hf`` and ``expertmesh.testing``.
+
+Names are looked up when first used: the command line prints its help, and says how threads should
+wait, before torch is imported. ``__init__.pyi`` holds the same names for type checkers.
 """
 
-from expertmesh.errors import MissingDependency, UserError
-from expertmesh.experts import (
-    Experts,
-    GatedMLPExperts,
-    HeterogeneousExperts,
-    MLPExperts,
-    ModuleExperts,
-)
-from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
-from expertmesh.metrics import Metric, RoutingSummary, summarize
-from expertmesh.random import RandomKey
-from expertmesh.routing import (
-    Capacity,
-    GroupLimit,
-    ImportanceLoss,
-    InputJitter,
-    LearnedNoise,
-    LoadBalancingLoss,
-    LoadLoss,
-    NormalNoise,
-    RandomSecond,
-    Router,
-    Routing,
-    SelectionBias,
-    ThresholdSecond,
-    TopKRouter,
-    UniformNoise,
-    ZLoss,
-    router_preset,
-    update_selection_bias,
-)
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Capacity",
-    "Experts",
-    "GatedMLPExperts",
-    "GroupLimit",
-    "HeterogeneousExperts",
-    "ImportanceLoss",
-    "InputJitter",
-    "LearnedNoise",
-    "LoadBalancingLoss",
-    "LoadLoss",
-    "MLPExperts",
-    "Metric",
-    "MissingDependency",
-    "MoE",
-    "MoELoss",
-    "ModuleExperts",
-    "NormalNoise",
-    "RandomKey",
-    "RandomSecond",
-    "Router",
-    "Routing",
-    "RoutingSummary",
-    "SelectionBias",
-    "ThresholdSecond",
-    "TopKRouter",
-    "UniformNoise",
-    "UserError",
-    "ZLoss",
-    "__version__",
-    "moe_layers",
-    "router_preset",
-    "set_loss_scale",
-    "summarize",
-    "update_selection_bias",
-]
+_PLACES = {
+    "errors": ["MissingDependency", "UserError"],
+    "experts": [
+        "Experts",
+        "GatedMLPExperts",
+        "HeterogeneousExperts",
+        "MLPExperts",
+        "ModuleExperts",
+    ],
+    "layer": ["MoE", "MoELoss", "moe_layers", "set_loss_scale"],
+    "metrics": ["Metric", "RoutingSummary", "summarize"],
+    "random": ["RandomKey"],
+    "routing": [
+        "Capacity",
+        "GroupLimit",
+        "ImportanceLoss",
+        "InputJitter",
+        "LearnedNoise",
+        "LoadBalancingLoss",
+        "LoadLoss",
+        "NormalNoise",
+        "RandomSecond",
+        "Router",
+        "Routing",
+        "SelectionBias",
+        "ThresholdSecond",
+        "TopKRouter",
+        "UniformNoise",
+        "ZLoss",
+        "router_preset",
+        "update_selection_bias",
+    ],
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """Look a public name up, once."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'expertmesh' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"expertmesh.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """What ``dir`` and completion show."""
+    return sorted({*globals(), *__all__})

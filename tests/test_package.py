@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import expertmesh
 
 ROOT = Path(expertmesh.__file__).parent
@@ -73,7 +75,7 @@ def test_files_have_one_subject_by_their_length():
 
 def test_import_brings_in_nothing_but_torch():
     code = (
-        "import sys, torch; before = set(sys.modules); import expertmesh;"
+        "import sys, torch; before = set(sys.modules); from expertmesh import *;"
         "print(*sorted(m for m in set(sys.modules) - before if not m.startswith('expertmesh')))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -83,6 +85,31 @@ def test_import_brings_in_nothing_but_torch():
     assert not extra
     assert "torch.distributed.fsdp" not in run.stdout
     assert "torch._dynamo" not in run.stdout
+
+
+def test_the_bare_import_does_not_wait_for_torch():
+    code = "import sys, expertmesh; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'MoEE'"):
+        expertmesh.MoEE  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names():
+    stub = ast.parse((ROOT / "__init__.pyi").read_text())
+    assigned = [node for node in stub.body if isinstance(node, ast.Assign)]
+    assert set(ast.literal_eval(assigned[-1].value)) == set(expertmesh.__all__)
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    looked_up = {
+        f"expertmesh.{module}.{name}"
+        for module, names in expertmesh._PLACES.items()
+        for name in names
+    }
+    assert imported == looked_up
 
 
 def test_public_names_are_there_and_documented():

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -102,3 +103,15 @@ def test_as_a_module_with_a_mistake() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "error: the run file nowhere.toml does not exist\n"
+
+
+@pytest.mark.parametrize("told", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_waiting_threads_sleep_soon_unless_told_otherwise(
+    told: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if told is not None:
+        monkeypatch.setenv(told, "active")
+    main(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == {None: "1000", "GOMP_SPINCOUNT": "active"}.get(told)

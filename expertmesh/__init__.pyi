@@ -1,0 +1,72 @@
+"""The public names, for type checkers; at run time ``__init__.py`` looks them up."""
+
+from expertmesh.errors import MissingDependency, UserError
+from expertmesh.experts import (
+    Experts,
+    GatedMLPExperts,
+    HeterogeneousExperts,
+    MLPExperts,
+    ModuleExperts,
+)
+from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
+from expertmesh.metrics import Metric, RoutingSummary, summarize
+from expertmesh.random import RandomKey
+from expertmesh.routing import (
+    Capacity,
+    GroupLimit,
+    ImportanceLoss,
+    InputJitter,
+    LearnedNoise,
+    LoadBalancingLoss,
+    LoadLoss,
+    NormalNoise,
+    RandomSecond,
+    Router,
+    Routing,
+    SelectionBias,
+    ThresholdSecond,
+    TopKRouter,
+    UniformNoise,
+    ZLoss,
+    router_preset,
+    update_selection_bias,
+)
+
+__version__: str
+
+__all__ = [
+    "Capacity",
+    "Experts",
+    "GatedMLPExperts",
+    "GroupLimit",
+    "HeterogeneousExperts",
+    "ImportanceLoss",
+    "InputJitter",
+    "LearnedNoise",
+    "LoadBalancingLoss",
+    "LoadLoss",
+    "MLPExperts",
+    "Metric",
+    "MissingDependency",
+    "MoE",
+    "MoELoss",
+    "ModuleExperts",
+    "NormalNoise",
+    "RandomKey",
+    "RandomSecond",
+    "Router",
+    "Routing",
+    "RoutingSummary",
+    "SelectionBias",
+    "ThresholdSecond",
+    "TopKRouter",
+    "UniformNoise",
+    "UserError",
+    "ZLoss",
+    "__version__",
+    "moe_layers",
+    "router_preset",
+    "set_loss_scale",
+    "summarize",
+    "update_selection_bias",
+]
