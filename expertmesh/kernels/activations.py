@@ -1,6 +1,6 @@
 """Activations by name, and the step from pre-activation to hidden units with its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,10 +65,13 @@ def hidden_units(activation: Activation, pre: Tensor, gated: bool) -> Tensor:
     Returns:
         ``(..., F)``.
     """
-    if not gated:
-        return activation(pre)
-    gate, linear = pre.chunk(2, dim=-1)
-    return activation(gate) * linear
+    return hidden_from_parts(activation, _parts(pre, gated))
+
+
+def hidden_from_parts(activation: Activation, parts: Sequence[Tensor]) -> Tensor:
+    """``hidden_units`` where gate and linear half are tensors of their own, or ``pre`` the only."""
+    active = activation(parts[0])
+    return active if len(parts) == 1 else active * parts[1]
 
 
 class HiddenGradient(NamedTuple):
@@ -90,16 +93,24 @@ def hidden_units_vjp(activation: Activation, pre: Tensor, gated: bool) -> Hidden
         ``hidden`` ``(..., F)``, and ``backward``: ``(..., F)`` to the shape of ``pre``; it is
         called at most once.
     """
-    if not gated:
-        active, backward = _vjp(activation, pre)
-        return HiddenGradient(active, backward)
-    gate, linear = pre.chunk(2, dim=-1)
-    active, gate_backward = _vjp(activation, gate)
+    return hidden_from_parts_vjp(activation, _parts(pre, gated))
+
+
+def hidden_from_parts_vjp(activation: Activation, parts: Sequence[Tensor]) -> HiddenGradient:
+    """``hidden_units_vjp`` over parts; the gradient comes back as one tensor, the gate first."""
+    active, active_backward = _vjp(activation, parts[0])
+    if len(parts) == 1:
+        return HiddenGradient(active, active_backward)
+    linear = parts[1]
 
     def gated_backward(grad: Tensor) -> Tensor:
-        return torch.cat([gate_backward(grad * linear), grad * active], dim=-1)
+        return torch.cat([active_backward(grad * linear), grad * active], dim=-1)
 
     return HiddenGradient(active * linear, gated_backward)
+
+
+def _parts(pre: Tensor, gated: bool) -> Sequence[Tensor]:
+    return pre.chunk(2, dim=-1) if gated else (pre,)
 
 
 def _vjp(activation: Activation, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

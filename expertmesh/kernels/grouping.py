@@ -50,12 +50,13 @@ def group_by_expert(expert_RK: Tensor, num_experts: int) -> Grouping:
 def combine(
     rows_ND: Tensor, grouping: Grouping, weight_RK: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Sum over the K choices of each row, in the order of the choices.
+    """Sum over the K choices of each row, in a fixed order.
 
     Sentinels are masked, not multiplied by zero: their grouped rows may hold anything.
 
     Args:
-        rows_ND: One row for each grouped position, ``(N, D)``.
+        rows_ND: One row for each grouped position, ``(N, D)``. The row of a sentinel may be
+            overwritten.
         grouping: Where each choice's row lies.
         weight_RK: Multiplies each choice's row, ``(R, K)``; None sums unweighted.
         dtype: What is accumulated in.
@@ -63,6 +64,8 @@ def combine(
     Returns:
         ``(R, D)`` in ``dtype``.
     """
+    if rows_ND.device.type == "cuda" and len(rows_ND) > 0 and not torch.compiler.is_compiling():
+        return _combine_passes(rows_ND, grouping, weight_RK, dtype)
     inverse_RK, invalid_RK1 = grouping.inverse_RK, ~grouping.valid_RK.unsqueeze(-1)
     chosen_ND = rows_ND.index_select(0, inverse_RK.reshape(-1))
     chosen_RKD = chosen_ND.view(*inverse_RK.shape, rows_ND.shape[1])
@@ -71,6 +74,41 @@ def combine(
         weight_RK1 = weight_RK.to(dtype).unsqueeze(-1).masked_fill(invalid_RK1, 0)
         chosen_RKD = chosen_RKD.mul_(weight_RK1)
     return chosen_RKD.sum(dim=1)
+
+
+def _combine_passes(
+    rows_ND: Tensor, grouping: Grouping, weight_RK: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``combine`` in few passes over the rows, for a GPU that runs each operation by itself."""
+    # Sentinels lie last. All of them read the last row, which is zeroed if it is one of theirs:
+    # no pass over all rows to mask them.
+    last = len(rows_ND) - 1
+    rows_ND[last:].masked_fill_(grouping.offsets_E[-1] <= last, 0)
+    inverse_RK = grouping.inverse_RK.masked_fill(~grouping.valid_RK, last)
+    if weight_RK is None:
+        chosen_ND = rows_ND.index_select(0, inverse_RK.reshape(-1))
+        return chosen_ND.view(*inverse_RK.shape, rows_ND.shape[1]).sum(dim=1, dtype=dtype)
+    weight_RK = weight_RK.to(dtype).masked_fill(~grouping.valid_RK, 0)
+    aligned = weight_RK.shape[1] % 8 == 0  # products of other widths are slower than additions
+    if rows_ND.dtype == torch.bfloat16 and dtype == torch.float32 and aligned:
+        return _weighted_sum(rows_ND, inverse_RK, weight_RK)
+    total_RD = rows_ND.new_zeros(len(weight_RK), rows_ND.shape[1], dtype=dtype)
+    for inverse_R, weight_R1 in zip(inverse_RK.unbind(1), weight_RK.split(1, dim=1), strict=True):
+        total_RD.addcmul_(rows_ND.index_select(0, inverse_R), weight_R1)
+    return total_RD
+
+
+def _weighted_sum(rows_ND: Tensor, inverse_RK: Tensor, weight_RK: Tensor) -> Tensor:
+    """Products of bfloat16 numbers summed in float32, with no float32 copy of the rows.
+
+    The sum of two bfloat16 numbers holds a weight to 2^-17 of its size.
+    """
+    chosen_ND = rows_ND.index_select(0, inverse_RK.reshape(-1))
+    chosen_RKD = chosen_ND.view(*inverse_RK.shape, rows_ND.shape[1])
+    high_RK = weight_RK.to(rows_ND.dtype)
+    low_RK = (weight_RK - high_RK).to(rows_ND.dtype)
+    weight_R2K = torch.stack([high_RK, low_RK], dim=1)
+    return torch.bmm(weight_R2K, chosen_RKD, out_dtype=weight_RK.dtype).sum(dim=1)
 
 
 def combine_zeroed(

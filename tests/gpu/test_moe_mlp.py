@@ -14,6 +14,7 @@ BACKENDS = ["loop", "gather", "grouped_mm", "auto"]
 SHAPES = [
     {"rows": 64, "dim": 64, "hidden": 32, "num_experts": 8, "k": 2},
     {"rows": 300, "dim": 128, "hidden": 96, "num_experts": 5, "k": 3, "bias": False},
+    {"rows": 48, "dim": 64, "hidden": 32, "num_experts": 8, "k": 8},
     {"rows": 1, "dim": 16, "hidden": 16, "num_experts": 4, "k": 1, "sentinels": 0.0},
     {"rows": 0, "dim": 16, "hidden": 16},
     {"rows": 40, "dim": 16, "hidden": 16, "sentinels": 1.0},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertmesh.kernels.grouping import combine, combine_zeroed, group_by_expert
+from expertmesh.kernels.grouping import _combine_passes, combine, combine_zeroed, group_by_expert
 from expertmesh.testing import assert_close
 
 
@@ -55,3 +55,18 @@ def test_combining_zeroed_rows_equals_combining_masked_ones(dtype, weighted, row
     rows_ND[int((expert_RK < 5).sum()) :] = 0
     ours = combine_zeroed(rows_ND, grouping, weight_RK, torch.float64)
     assert_close("sum", ours, combine(rows_ND, grouping, weight_RK, torch.float64), tol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sentinels", [False, True])
+def test_combining_in_few_passes_equals_combining_masked_rows(dtype, weighted, sentinels):
+    torch.manual_seed(0)
+    expert_RK = torch.randint(0, 6 if sentinels else 5, (37, 3))  # 5 is the sentinel
+    grouping = group_by_expert(expert_RK, 5)
+    rows_ND = torch.randn(111, 7).to(dtype)
+    rows_ND[int((expert_RK < 5).sum()) :] = torch.nan
+    weight_RK = torch.where(expert_RK < 5, torch.randn(37, 3), torch.nan) if weighted else None
+    expected = combine(rows_ND, grouping, weight_RK, torch.float32)
+    ours = _combine_passes(rows_ND.clone(), grouping, weight_RK, torch.float32)
+    assert_close("sum", ours, expected, tol=1e-6)

@@ -29,7 +29,8 @@ class GatherMLP(MLPBackend):
 
     def suits(self, problem: Problem) -> bool:
         """On CUDA without gradient. A CPU has no launches to save, only the copy to pay for."""
-        few = problem.num_assignments <= _MOST_ASSIGNMENTS
+        # Beyond E choices some expert's weights would be read twice.
+        few = problem.num_assignments <= min(_MOST_ASSIGNMENTS, problem.num_experts)
         return few and problem.device.type == "cuda" and not problem.needs_grad
 
     def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:

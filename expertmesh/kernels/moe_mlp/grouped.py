@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertmesh.kernels.activations import hidden_units, hidden_units_vjp
+from expertmesh.kernels.activations import hidden_from_parts, hidden_from_parts_vjp
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import cast, without_autocast
 from expertmesh.kernels.grouped_gemm import GroupedGemm, TorchGroupedMM
@@ -90,15 +90,19 @@ class _GroupedFunction(torch.autograd.Function):
     ) -> Tensor:
         grouping = Grouping(order_N, inverse_RK, offsets_E, valid_RK)
         x_ND = x_RD.index_select(0, grouping.row_N)
-        pre_NH = gemm.matmul(x_ND, up_EHD.mT, offsets_E)
+        # Gate and linear half by products of their own: elementwise operations on halves of one
+        # buffer, whose rows are not contiguous, take twice as long.
+        parts = 2 if spec.gated else 1
+        pre_NF = [gemm.matmul(x_ND, up.mT, offsets_E) for up in up_EHD.chunk(parts, dim=1)]
         if up_bias_EH is not None:
-            pre_NH = pre_NH + up_bias_EH[expert_N]
-        hidden_NF = hidden_units(spec.activation, pre_NH, spec.gated)
+            biases = up_bias_EH[expert_N].chunk(parts, dim=1)
+            pre_NF = [pre + bias for pre, bias in zip(pre_NF, biases, strict=True)]
+        hidden_NF = hidden_from_parts(spec.activation, pre_NF)
         out_ND = gemm.matmul(hidden_NF, down_EDF.mT, offsets_E)
         if down_bias_ED is not None:
             out_ND = out_ND + down_bias_ED[expert_N]
         ctx.save_for_backward(
-            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, pre_NH, *grouping, expert_N
+            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *grouping, expert_N, *pre_NF
         )
         ctx.spec, ctx.gemm = spec, gemm
         return cast(combine(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
@@ -111,8 +115,8 @@ class _GroupedFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-    x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, pre_NH, *rest = ctx.saved_tensors
-    *fields, expert_N = rest
+    x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *rest = ctx.saved_tensors
+    fields, expert_N, pre_NF = rest[:4], rest[4], rest[5:]
     grouping, spec, gemm = Grouping(*fields), ctx.spec, ctx.gemm
     wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = (
         ctx.needs_input_grad[:6]
@@ -122,33 +126,45 @@ def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
     dx = dweight = dup = ddown = dup_bias = ddown_bias = None
 
     dy_ND = dy_RD.to(x_RD.dtype).index_select(0, grouping.row_N)
-    hidden_NF, pre_gradient = hidden_units_vjp(spec.activation, pre_NH, spec.gated)
+    hidden_NF, pre_gradient = hidden_from_parts_vjp(spec.activation, pre_NF)
     if wants_pre or wants_weight:
         dhidden_NF = gemm.matmul(dy_ND, down_EDF, offsets_E)
     if wants_weight:
-        share_N = (dhidden_NF.to(spec.sum_dtype) * hidden_NF).sum(-1)
+        share_N = _dot_rows(dhidden_NF, hidden_NF, spec.sum_dtype)
         if down_bias_ED is not None:
             share_N = share_N + (dy_ND.to(spec.sum_dtype) * down_bias_ED[expert_N]).sum(-1)
         dweight = share_N[grouping.inverse_RK].masked_fill(~grouping.valid_RK, 0)
         dweight = cast(dweight, weight_RK.dtype)
-    dy_ND = (dy_ND * weight_N1).to(x_RD.dtype)
-    if wants_down:
-        ddown = gemm.outer(dy_ND, hidden_NF, offsets_E)
     if wants_down_bias:
-        ddown_bias = _sum_groups(gemm, dy_ND, offsets_E)
+        ddown_bias = _sum_groups(gemm, dy_ND, weight_N1, offsets_E)
     if wants_pre:
-        dpre_NH = pre_gradient((dhidden_NF * weight_N1).to(x_RD.dtype))
+        dpre_NH = pre_gradient(dhidden_NF.mul_(weight_N1))
+    if wants_down:
+        # Of a plain MLP they may be the pre-activations themselves.
+        hidden_NF = hidden_NF if spec.gated else hidden_NF.clone()
+        ddown = gemm.outer(dy_ND, hidden_NF.mul_(weight_N1), offsets_E)
+    if wants_pre:
         if wants_x:
             dx_ND = gemm.matmul(dpre_NH, up_EHD, offsets_E)
             dx = cast(combine(dx_ND, grouping, None, spec.sum_dtype), x_RD.dtype)
         if wants_up:
             dup = gemm.outer(dpre_NH, x_RD.index_select(0, grouping.row_N), offsets_E)
         if wants_up_bias:
-            dup_bias = _sum_groups(gemm, dpre_NH, offsets_E)
+            dup_bias = _sum_groups(gemm, dpre_NH, torch.ones_like(weight_N1), offsets_E)
     return dx, dweight, dup, ddown, dup_bias, ddown_bias
 
 
-def _sum_groups(gemm: GroupedGemm, rows_NO: Tensor, offsets_E: Tensor) -> Tensor:
-    """Sum the rows of each group, by the same deterministic product with a block of ones."""
-    ones_NI = rows_NO.new_ones(rows_NO.shape[0], ALIGNMENT // rows_NO.dtype.itemsize)
-    return gemm.outer(rows_NO, ones_NI, offsets_E)[:, :, 0]
+def _dot_rows(a_NI: Tensor, b_NI: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dot products of rows, summed in ``dtype``.
+
+    bfloat16 has float32's range: its products may be rounded before they are summed, which their
+    factors were already. Those of float16 may vanish.
+    """
+    wide_NI = a_NI if a_NI.dtype == torch.bfloat16 else a_NI.to(dtype)
+    return (wide_NI * b_NI).sum(-1, dtype=dtype)
+
+
+def _sum_groups(gemm: GroupedGemm, rows_NO: Tensor, weight_N1: Tensor, offsets_E: Tensor) -> Tensor:
+    """Sum the weighted rows of each group, by the same deterministic product."""
+    weight_NI = weight_N1.to(rows_NO.dtype).repeat(1, ALIGNMENT // rows_NO.dtype.itemsize)
+    return gemm.outer(rows_NO, weight_NI, offsets_E)[:, :, 0]
