@@ -54,7 +54,8 @@ def layer_cpu(result: dict[str, Any]) -> str:
     ]
     for name, milliseconds in result["median_ms"].items():
         ratio = result["ratio_of_medians_to_expertmesh"][name]
-        wanted = " ".join(str(part) for part in result["targets"].get(name, ()))
+        words, number = result["targets"].get(name, ("", None))
+        wanted = words if number is None else f"{words} {number:.2f}"
         lines.append(f"| {name} | {milliseconds:.1f} | {ratio:.2f} | {wanted} |")
     return "\n".join([*lines, ""])
 
@@ -86,7 +87,8 @@ def layer_gpu(result: dict[str, Any]) -> str:
 def _decode(decoded: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     lines = [
         "Decoding steps of one layer: microseconds in a CUDA graph, without one, and the time to "
-        "read the chosen experts' weights at the copy's speed as a share of the first.\n",
+        "read the chosen experts' weights at the copy's speed as a share of the first. Because of "
+        "this table `gather` is no longer chosen for more choices than there are experts.\n",
         "| shape | tokens | backend | graph | eager | bound | share |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
