@@ -36,7 +36,10 @@ from tests.models.conftest import GROUPED, LATENT, SHAPES
         ({"router_options": {"scale": math.nan}}, "scale must be a finite number, got nan"),
         ({"router_options": {"capacity": 1.5}}, "capacity must be a table of factor, .*, got 1.5"),
         ({"router_options": {"capacity": {"factor": "2"}}}, "capacity.factor must be a finite"),
-        ({"router_options": {"capacity": {"factor": 0}}}, "capacity factor must be above 0, got 0"),
+        (
+            {"router_options": {"capacity": {"factor": 0}}},
+            "capacity factor must be a number above 0, got 0",
+        ),
         ({"router_options": {"capacity": {"fctor": 1}}}, "capacity.fctor is unknown.*'factor'"),
         ({"router_options": {"capacity": {"order": "token"}}}, "capacity has no factor"),
         ({"router_options": {"score": 3}}, "router_options.score must be a text, got 3"),

@@ -82,7 +82,10 @@ def test_tables_within_options_merge_key_by_key() -> None:
         ("--optim.schedule=wsd", "decay_steps=0 with schedule='wsd'; set both or none"),
         ("--model.losses=return", "model.losses must be 'attach' in a run, got 'return'"),
         ("--model.router_options.capacity=0", "capacity must be a table of factor, .*, got 0"),
-        ("--model.router_options.capacity.factor=-1", "capacity factor must be above 0, got -1"),
+        (
+            "--model.router_options.capacity.factor=-1",
+            "capacity factor must be a number above 0, got -1",
+        ),
         ("--model.router_options.capacity.factor=two", "must be a finite number, got 'two'"),
         ("--model.router_options.capacity.facto=1", r"did you mean 'factor'\?"),
         ("--model.router_options.balance_coef=x", "balance_coef must be a finite number"),
