@@ -42,7 +42,6 @@ ROUTERS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS.keys())
 def test_the_compiled_layer_is_the_layer(options: dict[str, object]) -> None:
     router = em.TopKRouter(DIM, EXPERTS, 2, seed=0, **options)  # type: ignore[arg-type]  # a dict
@@ -56,7 +55,6 @@ def test_the_compiled_layer_is_the_layer(options: dict[str, object]) -> None:
     assert torch.equal(moe.metrics()["load"].value, load)
 
 
-@pytest.mark.slow
 def test_the_layer_is_one_graph() -> None:
     moe = em.MoE(
         em.TopKRouter(DIM, EXPERTS, 2, noise=em.NormalNoise(), losses=[em.ZLoss(coef=0.1)]),
@@ -68,7 +66,6 @@ def test_the_layer_is_one_graph() -> None:
     assert moe.metrics()["load"].value.sum() == 6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointed"])
 def test_the_compiled_decoder_is_the_decoder(saving: bool) -> None:
     config = DecoderConfig(
