@@ -9,6 +9,7 @@ from expertmesh.data import DataBundle, Loader, build_data
 from expertmesh.errors import UserError
 from expertmesh.models.decoder import DecoderLM
 from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
+from expertmesh.train.compilation import compile_model
 from expertmesh.train.config import CONFIG, RunFile, differences
 from expertmesh.train.display import Display
 from expertmesh.train.evaluate import Evaluation, Evaluator
@@ -196,7 +197,7 @@ class Trainer:
             seed=run.run.seed,
             sequences=run.train.sequences,
             clip=run.optim.clip,
-            forward=torch.compile(self.model) if run.train.compile else None,
+            forward=compile_model(self.model, self.device) if run.train.compile else None,
         )
 
     def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
