@@ -24,6 +24,7 @@ _PLACES = {
     ],
     "layer": ["MoE", "MoELoss", "moe_layers", "set_loss_scale"],
     "metrics": ["Metric", "RoutingSummary", "summarize"],
+    "phases": ["time_phases"],
     "random": ["RandomKey"],
     "routing": [
         "Capacity",

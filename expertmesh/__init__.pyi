@@ -10,6 +10,7 @@ from expertmesh.experts import (
 )
 from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
 from expertmesh.metrics import Metric, RoutingSummary, summarize
+from expertmesh.phases import time_phases
 from expertmesh.random import RandomKey
 from expertmesh.routing import (
     Capacity,
@@ -68,5 +69,6 @@ __all__ = [
     "router_preset",
     "set_loss_scale",
     "summarize",
+    "time_phases",
     "update_selection_bias",
 ]

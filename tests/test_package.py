@@ -23,6 +23,7 @@ ORDER = [
     "experts",
     "metrics",
     "layer",
+    "phases",
     "models",
     "hf",
     "data",
