@@ -17,6 +17,9 @@ from expertmesh.routing import Routing
 POSITION_BINS = 16
 """Bins of the relative position in a sequence over which drops are counted."""
 
+DEAD_BELOW = 0.1
+"""An expert with less than this part of its fair share counts as dead."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -163,7 +166,7 @@ def summarize(metrics: dict[str, Metric]) -> RoutingSummary:
         relative_load=relative_E.tolist(),
         imbalance=float(relative_E.max()),
         cv=float(relative_E.std(correction=0)),
-        dead=int((relative_E < 0.1).sum()) if fair > 0 else 0,
+        dead=int((relative_E < DEAD_BELOW).sum()) if fair > 0 else 0,
         entropy=float(metrics["entropy"].value) / max(tokens, 1.0),
         max_logit=float(metrics["max_logit"].value),
         dropped=float(dropped.sum() / choices.sum().clamp_min(1)),

@@ -3,6 +3,7 @@
 import base64
 from html import escape
 
+from expertmesh.metrics import DEAD_BELOW
 from expertmesh.report import summary
 from expertmesh.report.css import CSS
 from expertmesh.report.figures import Picture
@@ -39,7 +40,7 @@ _GLOSSARY = (
     ),
     (
         "Dead expert",
-        f"One with less than {summary.DEAD_BELOW:g} of its fair share: it hardly learns.",
+        f"One with less than {DEAD_BELOW:g} of its fair share: it hardly learns.",
     ),
     (
         "Entropy",

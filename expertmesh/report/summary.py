@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from expertmesh.metrics import DEAD_BELOW
 from expertmesh.report.read import LayerRouting, Run, Series
 
 if TYPE_CHECKING:
     from expertmesh.models.config import DecoderConfig
-
-# An expert with less than this part of its fair share counts as dead, as in expertmesh.metrics.
-DEAD_BELOW = 0.1
 
 
 @dataclass(frozen=True)
