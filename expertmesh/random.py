@@ -16,6 +16,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from expertmesh.shards import Shard, global_index, shard_of
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -119,6 +121,9 @@ def normal(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32)
 def fill_normal_(param: Tensor, std: float, key: int, *, truncate: float | None = None) -> Tensor:
     """Fill a parameter with normal numbers of one key, element by element.
 
+    Of a sharded parameter the part that this rank holds is filled, with the values that it has in
+    the whole.
+
     Args:
         param: Tensor of any shape, contiguous; overwritten.
         std: Standard deviation before truncation.
@@ -128,18 +133,11 @@ def fill_normal_(param: Tensor, std: float, key: int, *, truncate: float | None 
     Returns:
         ``param``.
     """
-    flat = param.view(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        index = torch.arange(start, min(start + _CHUNK, flat.numel()), device=param.device)
-        if truncate is None:
-            values = normal(key, index)
-        else:
-            tail = 0.5 * math.erfc(truncate / math.sqrt(2.0))
-            values = torch.special.ndtri(tail + (1.0 - 2.0 * tail) * uniform(key, index))
-        flat[start : start + len(index)] = (std * values).to(param.dtype)
+    _fill(shard_of(param), std, key, truncate)
     return param
 
 
+@torch.no_grad()
 def fill_expert_normal_(
     param: Tensor, std: float, key: int, *, truncate: float | None = None
 ) -> Tensor:
@@ -154,9 +152,27 @@ def fill_expert_normal_(
     Returns:
         ``param``.
     """
-    for expert, values in enumerate(param.unbind(0)):
-        fill_normal_(values, std, fold(key, expert), truncate=truncate)
+    stack = shard_of(param)
+    for place, values in enumerate(stack.local.unbind(0)):
+        expert = Shard(values, stack.shape[1:], stack.offset[1:])
+        _fill(expert, std, fold(key, stack.offset[0] + place), truncate)
     return param
+
+
+def _fill(shard: Shard, std: float, key: int, truncate: float | None) -> None:
+    if shard.local.numel() == 0:
+        return
+    row = shard.local[0].numel()
+    step = max(1, _CHUNK // row)
+    for start in range(0, len(shard.local), step):
+        part = shard.local[start : start + step]
+        index = global_index(shard, start, start + len(part))
+        if truncate is None:
+            values = normal(key, index)
+        else:
+            tail = 0.5 * math.erfc(truncate / math.sqrt(2.0))
+            values = torch.special.ndtri(tail + (1.0 - 2.0 * tail) * uniform(key, index))
+        part.copy_(std * values)
 
 
 def fresh_seed() -> int:

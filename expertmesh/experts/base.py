@@ -1,6 +1,7 @@
 """What the layer asks of its experts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -26,6 +27,15 @@ class Experts(nn.Module, ABC):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_experts = num_experts
         self.dim = dim
+
+    @property
+    def hidden_dims(self) -> Mapping[str, int | None] | None:
+        """Of every stacked parameter and buffer, the dim that counts hidden units, or None.
+
+        By its name within this module; all have E first. A class that does not stack returns None:
+        its experts cannot be dealt out over ranks.
+        """
+        return None
 
     @abstractmethod
     def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from expertmesh.experts.stacked import StackedMLPExperts
 from expertmesh.kernels.activations import Activation
 from expertmesh.kernels.moe_mlp import moe_mlp
+from expertmesh.shards import local
 
 
 class GatedMLPExperts(StackedMLPExperts):
@@ -70,16 +71,20 @@ class GatedMLPExperts(StackedMLPExperts):
     def fan_in(self) -> dict[str, int]:
         return {"gate_up": self.dim, "down": self.hidden}
 
+    @property
+    def hidden_dims(self) -> dict[str, int | None]:
+        return {"gate_up": 2, "down": 2, "gate_up_bias": 2, "down_bias": None}
+
     def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
         self._check(x_RD)
         return moe_mlp(
             x_RD,
             expert_RK,
             weight_RK,
-            self.gate_up,
-            self.down,
-            up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
+            local(self.gate_up),
+            local(self.down),
+            up_bias=self._own(self.gate_up_bias),
+            down_bias=self._output_bias(self.down, self.down_bias),
             activation=self.activation,
             backend=self.backend,
         )

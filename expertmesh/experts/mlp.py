@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from expertmesh.experts.stacked import StackedMLPExperts
 from expertmesh.kernels.activations import Activation
 from expertmesh.kernels.moe_mlp import moe_mlp
+from expertmesh.shards import local
 
 
 class MLPExperts(StackedMLPExperts):
@@ -69,16 +70,20 @@ class MLPExperts(StackedMLPExperts):
     def fan_in(self) -> dict[str, int]:
         return {"up": self.dim, "down": self.hidden}
 
+    @property
+    def hidden_dims(self) -> dict[str, int | None]:
+        return {"up": 1, "down": 2, "up_bias": 1, "down_bias": None}
+
     def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
         self._check(x_RD)
         return moe_mlp(
             x_RD,
             expert_RK,
             weight_RK,
-            self.up,
-            self.down,
-            up_bias=self.up_bias,
-            down_bias=self.down_bias,
+            local(self.up),
+            local(self.down),
+            up_bias=self._own(self.up_bias),
+            down_bias=self._output_bias(self.down, self.down_bias),
             activation=self.activation,
             backend=self.backend,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from expertmesh.experts.base import Experts
 from expertmesh.experts.per_expert import run_per_expert, with_zero_gradients
 from expertmesh.random import fold, fresh_seed
+from expertmesh.shards import Shard, local, shard_of
 
 
 class ModuleExperts(Experts):
@@ -48,32 +49,47 @@ class ModuleExperts(Experts):
         experts = [_make(factory, seed, expert) for expert in range(num_experts)]
         self.stacked = _stack(experts)
 
+    @property
+    def hidden_dims(self) -> dict[str, int | None]:
+        return {f"stacked.{name}": None for name in _tensors(self.stacked)}
+
     def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
         self._check(x_RD)
         state = {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
         # unbind, not an index for each expert: its gradient is one stack, with zeros for the idle
-        slices = {name: value.unbind(0) for name, value in state.items()}
+        slices = {name: local(value).unbind(0) for name, value in state.items()}
+        num_local = len(next(iter(slices.values()), range(self.num_experts)))
 
         def run(expert: int, rows: Tensor) -> Tensor:
             own = {name: values[expert] for name, values in slices.items()}
             return torch.func.functional_call(self.stacked, own, (rows,))
 
-        y_RD, idle = run_per_expert(run, x_RD, expert_RK, weight_RK, self.num_experts)
-        if len(idle) == self.num_experts:
-            return with_zero_gradients(y_RD, self.stacked.parameters())
+        y_RD, idle = run_per_expert(run, x_RD, expert_RK, weight_RK, num_local)
+        if len(idle) == num_local:
+            return with_zero_gradients(y_RD, map(local, self.stacked.parameters()))
         return y_RD
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
         """Call the factory again for each expert, and take its parameters and buffers."""
         seed = fresh_seed() if seed is None else seed
-        target = _tensors(self.stacked)
+        target = {name: shard_of(value) for name, value in _tensors(self.stacked).items()}
         for expert in range(self.num_experts):
             for name, value in _tensors(_make(self.factory, seed, expert)).items():
-                target[name][expert].copy_(value)
+                own = target[name]
+                place = expert - own.offset[0]
+                if 0 <= place < len(own.local):
+                    own.local[place].copy_(_box(value, own))
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, dim={self.dim}"
+
+
+def _box(value: Tensor, stack: Shard) -> Tensor:
+    """The part of one expert's value that belongs to a shard of the stack."""
+    for dim, (begin, size) in enumerate(zip(stack.offset[1:], stack.local.shape[1:], strict=True)):
+        value = value.narrow(dim, begin, size)
+    return value
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from expertmesh.experts.base import Experts
 from expertmesh.kernels.activations import Activation, activation_name, resolve_activation
 from expertmesh.random import fill_expert_normal_, fold, fresh_seed
+from expertmesh.shards import local
 
 
 class StackedMLPExperts(Experts):
@@ -75,6 +77,22 @@ class StackedMLPExperts(Experts):
             else:
                 parameter.zero_()
 
+    @staticmethod
+    def _own(bias: Tensor | None) -> Tensor | None:
+        """The part of a bias that this rank holds."""
+        return None if bias is None else local(bias)
+
+    def _output_bias(self, down: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What this rank adds of the output bias, where ranks hold slices of the hidden units.
+
+        Each slice adds its share, so that the sum over slices has the bias once.
+        """
+        if bias is None:
+            return None
+        share = local(down).shape[-1] / self.hidden
+        own = local(bias)
+        return own if share == 1 else _Share.apply(own, share)
+
     def _draw(self, seed: int | None, parameter: Tensor) -> None:
         """Initial values at construction; a meta device has no place for them."""
         if not parameter.is_meta:
@@ -85,3 +103,15 @@ class StackedMLPExperts(Experts):
             f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, "
             f"activation={activation_name(self.activation)}, backend={self.backend}"
         )
+
+
+class _Share(torch.autograd.Function):
+    """A share of a replicated bias; its gradient is the whole bias's, the same on every slice."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, share: float) -> Tensor:
+        return bias * share
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

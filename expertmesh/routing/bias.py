@@ -58,13 +58,13 @@ class SelectionBias(nn.Module):
             self.count_E += count_experts(chosen_TK, len(self.count_E))
 
     @torch.no_grad()
-    def update(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def update(self, count_E: Tensor | None = None) -> None:
         """Move the bias by one step and start counting anew.
 
         Args:
-            reduce: Sums the int64 ``(E,)`` counts over ranks; None on one rank.
+            count_E: int64, counts of all ranks; None takes this rank's.
         """
-        count_E = self.count_E if reduce is None else reduce(self.count_E)
+        count_E = self.count_E if count_E is None else count_E
         total = count_E.sum()
         # sign(mean - count) in integers: exact whatever the number of tokens.
         self.bias_E += self.rate * torch.sign(total - count_E * len(count_E)).to(self.bias_E.dtype)
@@ -78,8 +78,14 @@ def update_selection_bias(
 
     Args:
         model: Any module; without selection biases nothing happens.
-        reduce: Sums counts over ranks; None on one rank.
+        reduce: Sums the int64 counts of all layers, in one tensor, over ranks; None on one rank.
     """
-    for module in model.modules():
-        if isinstance(module, SelectionBias):
-            module.update(reduce)
+    biases = [module for module in model.modules() if isinstance(module, SelectionBias)]
+    if not biases:
+        return
+    counts = torch.cat([bias.count_E for bias in biases])
+    if reduce is not None:
+        counts = reduce(counts)
+    parts = counts.split([len(bias.count_E) for bias in biases])
+    for bias, count_E in zip(biases, parts, strict=True):
+        bias.update(count_E)

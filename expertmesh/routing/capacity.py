@@ -11,6 +11,7 @@ from torch import Tensor
 from expertmesh.errors import UserError, nearest
 from expertmesh.random import label
 from expertmesh.routing.draw import Draw
+from expertmesh.routing.population import Arrangement
 from expertmesh.routing.scope import Scope, check_scope, scope_size
 from expertmesh.routing.selection import rank_within
 
@@ -102,6 +103,14 @@ class Capacity:
             return None
         return FORMULAS[self.formula](group_size, num_experts, k, factor)
 
+    def most_per_expert(
+        self, order: Arrangement, num_experts: int, k: int, *, training: bool
+    ) -> int | None:
+        """A bound on the choices that name one expert after dropping, over all groups."""
+        size = scope_size(self.scope, order.num_tokens, order.sequence_length)
+        slots = self.slots(size, num_experts, k, training=training)
+        return None if slots is None else slots * (order.num_tokens // size)
+
     def drop(
         self,
         chosen_TK: Tensor,
@@ -109,7 +118,7 @@ class Capacity:
         num_experts: int,
         *,
         training: bool,
-        sequence_length: int | None,
+        order: Arrangement,
         draw: Draw,
     ) -> Tensor:
         """Replace the choices that find no slot by the sentinel E.
@@ -119,53 +128,55 @@ class Capacity:
             weight_TK: ``(T, K)``; read by the orders that sort by weight.
             num_experts: E.
             training: Which factor applies.
-            sequence_length: For ``scope="sequence"``.
+            order: Of the tokens that share the slots, on whichever ranks they are.
             draw: For ``order="random"``.
 
         Returns:
             int64 ``(T, K)``.
         """
-        num_tokens, k = chosen_TK.shape
-        size = scope_size(self.scope, num_tokens, sequence_length)
+        k = chosen_TK.shape[1]
+        size = scope_size(self.scope, order.num_tokens, order.sequence_length)
         slots = self.slots(size, num_experts, k, training=training)
-        if slots is None or num_tokens == 0:
+        if slots is None or order.num_tokens == 0:
             return chosen_TK
-        order_N = _ORDERS[self.order](chosen_TK, weight_TK.detach(), draw)
-        token_N = order_N // k
-        num_buckets = num_tokens // size * (num_experts + 1)
-        bucket_N = token_N // size * (num_experts + 1) + chosen_TK.reshape(-1)[order_N]
+        chosen_NK = order.whole(chosen_TK)
+        served_N = _ORDERS[self.order](chosen_TK, weight_TK.detach(), draw, order)
+        token_N = served_N // k
+        num_buckets = order.num_tokens // size * (num_experts + 1)
+        bucket_N = token_N // size * (num_experts + 1) + chosen_NK.reshape(-1)[served_N]
         full_N = rank_within(bucket_N, num_buckets) >= slots
-        full_TK = torch.empty_like(full_N).scatter_(0, order_N, full_N).view(num_tokens, k)
-        return torch.where(full_TK, num_experts, chosen_TK)
+        full_NK = torch.empty_like(full_N).scatter_(0, served_N, full_N).view(-1, k)
+        return torch.where(order.own(full_NK), num_experts, chosen_TK)
 
 
-def _by_position(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
-    num_tokens, k = chosen_TK.shape
-    flat = torch.arange(num_tokens * k, device=chosen_TK.device)
-    return flat.view(num_tokens, k).T.reshape(-1)
-
-
-def _by_token(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
-    return torch.arange(chosen_TK.numel(), device=chosen_TK.device)
-
-
-def _by_priority(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
+def _by_position(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     k = chosen_TK.shape[1]
-    token_T = weight_TK.amax(dim=1).argsort(descending=True, stable=True)
-    return (token_T[:, None] * k + torch.arange(k, device=token_T.device)).T.reshape(-1)
+    flat = torch.arange(order.num_tokens * k, device=chosen_TK.device)
+    return flat.view(order.num_tokens, k).T.reshape(-1)
 
 
-def _by_probability(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
-    return weight_TK.reshape(-1).argsort(descending=True, stable=True)
+def _by_token(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+    return torch.arange(order.num_tokens * chosen_TK.shape[1], device=chosen_TK.device)
 
 
-def _at_random(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw) -> Tensor:
+def _by_priority(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+    k = chosen_TK.shape[1]
+    best_N = order.whole(weight_TK.amax(dim=1))
+    token_N = best_N.argsort(descending=True, stable=True)
+    return (token_N[:, None] * k + torch.arange(k, device=token_N.device)).T.reshape(-1)
+
+
+def _by_probability(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+    return order.whole(weight_TK).reshape(-1).argsort(descending=True, stable=True)
+
+
+def _at_random(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     lottery_TK = draw.uniform(_DROP_ORDER, chosen_TK.shape[1], torch.float64)
-    return lottery_TK.reshape(-1).argsort(stable=True)
+    return order.whole(lottery_TK).reshape(-1).argsort(stable=True)
 
 
-# Each gives a permutation of the flat choices t * K + k, first served first.
-_ORDERS: dict[str, Callable[[Tensor, Tensor, Draw], Tensor]] = {
+# Each gives a permutation of the flat choices t * K + k of all tokens, first served first.
+_ORDERS: dict[str, Callable[[Tensor, Tensor, Draw, Arrangement], Tensor]] = {
     "position": _by_position,
     "token": _by_token,
     "priority": _by_priority,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
+from expertmesh.random import RandomKey
 from expertmesh.routing.noise import NoisyLogits
+from expertmesh.routing.population import Population
 from expertmesh.routing.scope import Scope, check_scope, scope_size
 from expertmesh.routing.selection import top_k
 
@@ -29,7 +31,9 @@ class Evidence:
         chosen_TK: int64 ``(T, K)`` choices before capacity; E marks skipped choices and padding.
         gate_TK: ``(T, K)`` combine weights before capacity.
         padding_mask: bool ``(T,)``, True for padding, or None.
-        sequence_length: Tokens in a sequence, or None.
+        sequence_length: Tokens of a sequence on this rank, or None.
+        population: The ranks whose tokens form the micro-batch.
+        key: Says where each token stands in it, or None.
     """
 
     logits: NoisyLogits
@@ -38,6 +42,8 @@ class Evidence:
     gate_TK: Tensor
     padding_mask: Tensor | None
     sequence_length: int | None
+    population: Population
+    key: RandomKey | None
 
     @property
     def num_experts(self) -> int:
@@ -61,23 +67,38 @@ class Evidence:
         return out.scatter_add(1, chosen_TK, value_TK)[:, :num_experts]
 
     def total(self, value_TE: Tensor, scope: Scope) -> Tensor:
-        """Sums over the valid tokens of each group: ``(T, ...)`` to ``(groups, ...)``."""
-        size = scope_size(scope, len(value_TE), self.sequence_length)
+        """Sums over the valid tokens of each group: ``(T, ...)`` to ``(groups, ...)``.
+
+        A group's tokens may lie on several ranks. Groups are all of the micro-batch's, or, of
+        sequences, those that this rank has a part of.
+        """
         if self.padding_mask is not None:
             mask = self.padding_mask.view(-1, *[1] * (value_TE.dim() - 1))
             value_TE = torch.where(mask, torch.zeros_like(value_TE), value_TE)
-        return value_TE.reshape(-1, size, *value_TE.shape[1:]).sum(dim=1)
+        if scope == "sequence":
+            size = scope_size(scope, len(value_TE), self.sequence_length)
+            value_GE = value_TE.reshape(-1, size, *value_TE.shape[1:]).sum(dim=1)
+            return self.population.sequence_total(value_GE)
+        if scope == "micro_batch":
+            return self.population.total(value_TE.unsqueeze(0).sum(dim=1))
+        order = self.population.arrange(len(value_TE), self.sequence_length, self.key)
+        size = scope_size(scope, order.num_tokens, None)
+        return self.population.total(order.group_sums(value_TE, size))
+
+    def mean(self, value_G: Tensor, scope: Scope) -> Tensor:
+        """Mean over the groups that hold a token; 0 if none does."""
+        occupied_G = self.num_tokens(scope) > 0
+        kept = torch.where(occupied_G, value_G, torch.zeros_like(value_G)).sum()
+        number = occupied_G.sum().to(kept.dtype)
+        if scope == "sequence":
+            # Every rank that has a part of a sequence counts it, above and below the line.
+            kept = self.population.total(kept, copies=self.population.ranks_per_sequence)
+            number = self.population.total(number)
+        return kept / number.clamp_min(1)
 
     def num_tokens(self, scope: Scope) -> Tensor:
         """Valid tokens of each group, ``(groups,)``, in the scores' dtype."""
         return self.total(torch.ones_like(self.score_TE[:, 0]), scope)
-
-
-def _mean_over_groups(value_G: Tensor, tokens_G: Tensor) -> Tensor:
-    """Mean over the groups that hold a token; 0 if none does."""
-    occupied_G = tokens_G > 0
-    kept_G = torch.where(occupied_G, value_G, torch.zeros_like(value_G))
-    return kept_G.sum() / occupied_G.sum().clamp_min(1)
 
 
 class BalanceLoss(ABC):
@@ -184,7 +205,7 @@ class LoadBalancingLoss(BalanceLoss):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         value_G = FORMS[self.form](evidence, self.scope)
-        return self.coef * _mean_over_groups(value_G, evidence.num_tokens(self.scope))
+        return self.coef * evidence.mean(value_G, self.scope)
 
 
 def squared_cv(value_GE: Tensor, variance: Literal["population", "unbiased"]) -> Tensor:
@@ -231,7 +252,7 @@ class ImportanceLoss(BalanceLoss):
         else:
             value_TE = evidence.probability_TE()
         cv_G = squared_cv(evidence.total(value_TE, self.scope), self.variance)
-        return self.coef * _mean_over_groups(cv_G, evidence.num_tokens(self.scope))
+        return self.coef * evidence.mean(cv_G, self.scope)
 
 
 def smooth_load(logits: NoisyLogits, k: int) -> Tensor:
@@ -282,7 +303,7 @@ class LoadLoss(BalanceLoss):
     def __call__(self, evidence: Evidence) -> Tensor:
         load_GE = evidence.total(smooth_load(evidence.logits, evidence.k), self.scope)
         cv_G = squared_cv(load_GE, self.variance)
-        return self.coef * _mean_over_groups(cv_G, evidence.num_tokens(self.scope))
+        return self.coef * evidence.mean(cv_G, self.scope)
 
 
 @dataclass(frozen=True, kw_only=True)

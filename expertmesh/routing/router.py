@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from expertmesh.random import RandomKey
+from expertmesh.routing.population import Alone, Population
 from expertmesh.routing.routing import Routing
 
 
@@ -15,11 +16,17 @@ class Router(nn.Module, ABC):
         num_experts: E.
         dim: D.
         layer: Index that sets this router's random draws apart from those of other layers.
+        population: The ranks whose tokens are routed together.
     """
 
     num_experts: int
     dim: int
     layer: int
+    population: Population
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.population = Alone()
 
     @abstractmethod
     def forward(

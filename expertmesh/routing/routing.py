@@ -22,6 +22,8 @@ class Routing:
         dropped_TK: bool ``(T, K)``; choices that overflowed their expert's capacity.
         logits_TE: ``(T, E)`` router logits before noise on the logits, or None.
         losses: Balance losses by name, each with its coefficient; empty in evaluation.
+        most_per_expert: A bound, known without looking, on the choices in ``expert_TK`` that name
+            one expert; None where there is none.
     """
 
     num_experts: int
@@ -32,6 +34,7 @@ class Routing:
     dropped_TK: Tensor
     logits_TE: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    most_per_expert: int | None = None
 
     @property
     def num_dropped(self) -> Tensor:

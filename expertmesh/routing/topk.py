@@ -1,7 +1,7 @@
 """Token choice: each token takes the k experts that score highest."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from expertmesh.routing.draw import Draw
 from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.losses import BalanceLoss, Evidence
 from expertmesh.routing.noise import Noise, NoisyLogits
+from expertmesh.routing.population import Alone, Arrangement
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.second_choice import SkipRule
@@ -28,6 +29,15 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 Renormalize = Literal["no", "chosen", "kept"]
 _FLOAT = torch.float32
+
+
+class _Admitted(NamedTuple):
+    """Choices that are carried out, the load they ask for, and those that overflowed."""
+
+    expert_TK: Tensor
+    load_E: Tensor
+    dropped_TK: Tensor
+    most_per_expert: int | None
 
 
 class TopKRouter(Router):
@@ -140,12 +150,11 @@ class TopKRouter(Router):
                 chosen_TK = routing.chosen_TK
             gate_TK = self._gates(score_TE, chosen_TK)
             if routing is None:
-                expert_TK, load_E, dropped_TK = self._admit(
-                    chosen_TK, gate_TK.detach(), sequence_length, draw
-                )
+                admitted = self._admit(chosen_TK, gate_TK.detach(), sequence_length, draw)
             else:
-                expert_TK, load_E = routing.expert_TK, routing.load_E
-                dropped_TK = routing.dropped_TK
+                admitted = _Admitted(
+                    routing.expert_TK, routing.load_E, routing.dropped_TK, routing.most_per_expert
+                )
             losses = {}
             if self.training and self.losses:
                 evidence = Evidence(
@@ -155,19 +164,24 @@ class TopKRouter(Router):
                     gate_TK=gate_TK,
                     padding_mask=padding_mask,
                     sequence_length=sequence_length,
+                    population=self.population,
+                    key=key,
                 )
-                losses = {loss.name: loss(evidence) for loss in self.losses}
+                losses = {
+                    loss.name: self.population.for_training(loss(evidence)) for loss in self.losses
+                }
         if self.bias is not None:
             self.bias.count(chosen_TK)
         return Routing(
             num_experts=self.num_experts,
-            expert_TK=expert_TK,
-            weight_TK=self._weights(gate_TK, expert_TK),
+            expert_TK=admitted.expert_TK,
+            weight_TK=self._weights(gate_TK, admitted.expert_TK),
             chosen_TK=chosen_TK,
-            load_E=load_E,
-            dropped_TK=dropped_TK,
+            load_E=admitted.load_E,
+            dropped_TK=admitted.dropped_TK,
             logits_TE=logits.clean_TE,
             losses=losses,
+            most_per_expert=admitted.most_per_expert,
         )
 
     def _logits(self, x_TD: Tensor, draw: Draw) -> NoisyLogits:
@@ -200,26 +214,32 @@ class TopKRouter(Router):
     @torch.no_grad()
     def _admit(
         self, chosen_TK: Tensor, gate_TK: Tensor, sequence_length: int | None, draw: Draw
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choices that are carried out, the load they ask for, and those that overflowed."""
+    ) -> _Admitted:
         wanted_TK = chosen_TK
         if self.skip is not None:
             skipped_TK = self.skip(gate_TK, draw, training=self.training)
             wanted_TK = decision(torch.where(skipped_TK, self.num_experts, chosen_TK))
         load_E = count_experts(wanted_TK, self.num_experts)
         if self.capacity is None:
-            return wanted_TK, load_E, torch.zeros_like(wanted_TK, dtype=torch.bool)
-        expert_TK = decision(
-            self.capacity.drop(
-                wanted_TK,
-                gate_TK,
-                self.num_experts,
-                training=self.training,
-                sequence_length=sequence_length,
-                draw=draw,
-            )
+            return _Admitted(wanted_TK, load_E, torch.zeros_like(wanted_TK, dtype=torch.bool), None)
+        order = self._order(len(chosen_TK), sequence_length, draw.key)
+        expert_TK = self.capacity.drop(
+            wanted_TK, gate_TK, self.num_experts, training=self.training, order=order, draw=draw
         )
-        return expert_TK, load_E, wanted_TK != expert_TK
+        expert_TK = decision(expert_TK)
+        most = self.capacity.most_per_expert(
+            order, self.num_experts, self.k, training=self.training
+        )
+        return _Admitted(expert_TK, load_E, wanted_TK != expert_TK, most)
+
+    def _order(
+        self, num_tokens: int, sequence_length: int | None, key: RandomKey | None
+    ) -> Arrangement:
+        """Of the tokens that share slots: this rank's, where sequences lie whole on ranks."""
+        population = self.population
+        if self.capacity is not None and self.capacity.scope == "sequence":
+            population = population if population.ranks_per_sequence > 1 else Alone()
+        return population.arrange(num_tokens, sequence_length, key)
 
     def _weights(self, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """Gates of the choices that are carried out, zero elsewhere."""

@@ -21,11 +21,15 @@ def test_counts_beyond_float32_are_still_exact():
     assert bias.bias_E.tolist() == [-1.0, 1.0]
 
 
-def test_reduce_sums_over_ranks():
-    bias = SelectionBias(2, rate=1.0)
-    bias.count(torch.tensor([[0]]))
-    bias.update(reduce=lambda count: count + torch.tensor([0, 5]))
-    assert bias.bias_E.tolist() == [1.0, -1.0]
+def test_counts_of_all_layers_are_reduced_together():
+    layers = nn.ModuleList([SelectionBias(2, rate=1.0), SelectionBias(3, rate=1.0)])
+    layers[0].count(torch.tensor([[0]]))
+    layers[1].count(torch.tensor([[2]]))
+    other_ranks = torch.tensor([0, 5, 4, 4, 0])
+    update_selection_bias(layers, reduce=lambda counts: counts + other_ranks)
+    assert layers[0].bias_E.tolist() == [1.0, -1.0]
+    assert layers[1].bias_E.tolist() == [-1.0, -1.0, 1.0]
+    assert layers[0].count_E.tolist() == [0, 0]
 
 
 def test_evaluation_and_recompute_are_not_counted():

@@ -4,6 +4,7 @@ import torch
 from expertmesh.routing import Capacity
 from expertmesh.routing.capacity import FORMULAS
 from expertmesh.routing.draw import Draw
+from expertmesh.routing.population import Alone
 
 SAME_FACTOR = {
     "switch": 15,
@@ -75,7 +76,8 @@ def test_drop_equals_serving_one_by_one(order, scope, T, E, k):
     capacity = Capacity(factor=0.7, order=order, scope=scope)
     size = {"micro_batch": T, "sequence": 8, 4: 4}[scope]
     draw = Draw(None, 0, T, torch.device("cpu"), True)
-    dropped = capacity.drop(chosen, weight, E, training=True, sequence_length=8, draw=draw)
+    tokens = Alone().arrange(T, 8, None)
+    dropped = capacity.drop(chosen, weight, E, training=True, order=tokens, draw=draw)
     slots = capacity.slots(size, E, k, training=True)
     expected = plain_drop(chosen, orders(chosen, weight)[order], slots, E, size)
     assert torch.equal(dropped, expected)
@@ -90,7 +92,8 @@ def test_random_order_drops_evenly_and_follows_the_generator():
         torch.manual_seed(seed)
         draw = Draw(None, 0, 2000, torch.device("cpu"), True)
         weight = torch.ones(2000, 1)
-        return capacity.drop(chosen, weight, 1, training=True, sequence_length=None, draw=draw)
+        tokens = Alone().arrange(2000, None, None)
+        return capacity.drop(chosen, weight, 1, training=True, order=tokens, draw=draw)
 
     first = drop(0)
     assert (first == 0).sum() == 1000
@@ -122,7 +125,7 @@ def test_bad_fields(fields, message):
 def test_groups_must_divide_the_tokens():
     draw = Draw(None, 0, 10, torch.device("cpu"), True)
     chosen, weight = torch.zeros(10, 1, dtype=torch.int64), torch.ones(10, 1)
-    arguments = {"training": True, "sequence_length": None, "draw": draw}
+    arguments = {"training": True, "order": Alone().arrange(len(chosen), None, None), "draw": draw}
     with pytest.raises(ValueError, match="divisible by 4, got 10"):
         Capacity(factor=1.0, scope=4).drop(chosen, weight, 2, **arguments)
     with pytest.raises(ValueError, match="needs the length of a sequence"):

@@ -1,0 +1,101 @@
+"""Rows to other ranks and back, as two autograd functions.
+
+What dispatchers differ in is only the plan: which token goes into which outgoing row.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertmesh.dispatch.collectives import Group, exchange_rows
+from expertmesh.kernels.grouping import Grouping, combine
+
+_ID = torch.int32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows one rank sends and receives in one call of the layer.
+
+    Attributes:
+        token_N: int64, the token of each outgoing row, rows for rank 0 first.
+        empty_N: True where an outgoing row carries no token; None if every row does.
+        grouping: Of the tokens' destinations: ``inverse_RK`` gives the outgoing row of each
+            destination of each token.
+        sent: Rows for each rank.
+        received: Rows from each rank.
+        group: The ranks.
+    """
+
+    token_N: Tensor
+    empty_N: Tensor | None
+    grouping: Grouping
+    sent: list[int]
+    received: list[int]
+    group: Group
+
+    def leave(self, value_TX: Tensor, kind: str, fill: float = 0) -> Tensor:
+        """Tokens' values ``(T, ...)`` to the ranks they go to: ``(R, ...)``; no gradient."""
+        if self.empty_N is None:
+            rows_NX = value_TX[self.token_N]
+        elif len(value_TX) == 0:
+            rows_NX = value_TX.new_full((len(self.token_N), *value_TX.shape[1:]), fill)
+        else:
+            rows_NX = value_TX[self.token_N].masked_fill_(self.empty_N.unsqueeze(1), fill)
+        return exchange_rows(rows_NX, self.sent, self.received, self.group, kind=kind)
+
+    def come_home(self, rows_RX: Tensor, kind: str) -> Tensor:
+        """Rows back to their tokens, added by rank in ascending order: ``(T, ...)``.
+
+        The sum is taken in float32 or wider and given in the rows' dtype.
+        """
+        dtype = torch.promote_types(torch.float32, rows_RX.dtype)
+        # One row more than is received: the grouped sum reads it where a token has no row.
+        rows_NX = exchange_rows(
+            rows_RX, self.received, self.sent, self.group, kind=kind, spare_rows=1
+        )
+        last = len(rows_NX) - 1
+        inverse_TJ = self.grouping.inverse_RK.clamp_max(last)
+        total_TX = combine(rows_NX, self.grouping._replace(inverse_RK=inverse_TJ), None, dtype)
+        return total_TX.to(rows_RX.dtype)
+
+
+def send_tokens(x_TD: Tensor, weight_TK: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Tokens with their combine weights to the experts' ranks: ``(R, D)`` and ``(R, K)``."""
+    return _Send.apply(x_TD, weight_TK, plan)
+
+
+def send_ids(expert_TK: Tensor, sentinel: int, plan: Plan) -> Tensor:
+    """Expert ids along with the tokens: int64 ``(R, K)``, the sentinel in rows without a token."""
+    return plan.leave(expert_TK.to(_ID), "ids", sentinel).to(torch.int64)
+
+
+def return_rows(y_RD: Tensor, plan: Plan) -> Tensor:
+    """Partial sums back to their tokens, which are their total: ``(T, D)``."""
+    return _Return.apply(y_RD, plan)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        return plan.leave(x_TD, "dispatch"), plan.leave(weight_TK, "weights")
+
+    @staticmethod
+    def backward(ctx: Any, dx_RD: Tensor, dweight_RK: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx_TD = ctx.plan.come_home(dx_RD, "dispatch backward")
+        dweight_TK = ctx.plan.come_home(dweight_RK, "weights backward")
+        return dx_TD, dweight_TK, None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return plan.come_home(y_RD, "combine")
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None]:
+        return ctx.plan.leave(dy_TD, "combine backward"), None

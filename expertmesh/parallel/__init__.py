@@ -1,0 +1,1 @@
+"""Models over many ranks: the mesh, what each rank holds, and how gradients come together."""

@@ -1,0 +1,187 @@
+"""A model over a mesh: every parameter's owner, and how its gradient comes together.
+
+FSDP2 keeps each parameter in pieces and sums its gradients. Which ranks share the pieces depends
+on what the parameter sees: experts those that hold copies of them (``edp``), tensor-parallel
+attention the data ranks ``(dp, cp)``, and all else every rank of the stage, since tokens outside
+attention are cut over ``tp`` too. Gradients are plain sums: the loss is divided by the global
+number of target tokens, and nothing else divides.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from expertmesh.errors import UserError
+from expertmesh.parallel.experts import distinct_moe_layers, place_experts
+from expertmesh.parallel.mesh import Mesh
+from expertmesh.parallel.tensor import shard_attention, tensor_parallel_groups
+from expertmesh.shards import shard_of
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A module whose parameters, but those of units within it, FSDP gathers together."""
+
+    module: nn.Module
+    mesh: DeviceMesh
+    zero: int
+
+
+def parallelize(
+    model: ModelT,
+    mesh: Mesh,
+    *,
+    zero: int = 2,
+    expert_zero: int | None = None,
+    dispatch: str = "all_to_all",
+) -> ModelT:
+    """Lay a model out over a mesh, in place.
+
+    Ranks must have built the same model. One with values gets those of the stage's first rank;
+    one on the meta device is given values afterwards (``to_empty``, ``init_weights``), each rank
+    its own part.
+
+    ZeRO stages say what ranks with the same parameters hold in pieces (Rajbhandari et al., arXiv
+    1910.02054): 0 nothing; 1 the optimizer's state; 2 the gradients too; 3 the parameters too,
+    which are gathered anew in backward. Stage 1 sums gradients once per optimizer step: call
+    ``gradient_sync`` before each micro-batch.
+
+    Args:
+        model: A model with MoE layers. Tensor parallelism needs one of ``expertmesh.models``.
+        mesh: Every rank's place; this rank must be in it.
+        zero: Stage of all parameters but the experts'.
+        expert_zero: Stage of the experts; None is ``zero``.
+        dispatch: ``"all_to_all"`` (dropless), or ``"static"`` (no host synchronisation; needs
+            routers with a capacity).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UserError: If the model does not fit the mesh.
+    """
+    expert_zero = zero if expert_zero is None else expert_zero
+    for name, stage in (("zero", zero), ("expert_zero", expert_zero)):
+        if stage not in ZERO_STAGES:
+            raise UserError(f"{name} must be one of 0, 1, 2, 3, got {stage!r}; set {name} = 2")
+    if not mesh.member:
+        raise UserError(
+            f"rank {mesh.rank} is not in {mesh}; parallelize the model on its ranks only"
+        )
+    if mesh.world == 1:
+        place_experts(model, mesh, dispatch=dispatch)
+        return model
+    _copy_values_of_first_rank(model, mesh)
+    if mesh.degree("tp") > 1:
+        shard_attention(model, mesh)
+    place_experts(model, mesh, dispatch=dispatch)
+    _shard_storage(model, mesh, zero, expert_zero)
+    return model
+
+
+def gradient_sync(model: nn.Module, *, last: bool) -> None:
+    """Say before a micro-batch whether it is the last one of the optimizer step.
+
+    Stages 0 and 1 sum gradients over ranks in the last one only; 2 and 3 in every one.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            once = getattr(module, _ONCE_PER_STEP)
+            module.set_requires_gradient_sync(last or not once, recurse=False)
+
+
+_ONCE_PER_STEP = "_sums_gradients_once_per_step"
+
+
+def _shard_storage(model: nn.Module, mesh: Mesh, zero: int, expert_zero: int) -> None:
+    outside: set[nn.Parameter] = set()
+    units: list[_Unit] = []
+    for moe in distinct_moe_layers(model):
+        if mesh.degree("edp") > 1:
+            copies = _storage(mesh.expert, "edp", expert_zero)
+            units.append(_Unit(moe.experts, copies, expert_zero))
+        else:
+            outside.update(moe.experts.parameters())
+    everyone = _storage(mesh.storage, "stage", zero)
+    for group in tensor_parallel_groups(model):
+        units.extend(_Unit(module, everyone, zero) for module in group.whole)
+        units.append(_Unit(group.attention, _storage(mesh.attention, "data", zero), zero))
+    units.extend(_Unit(block, everyone, zero) for block in _blocks(model))
+    units.append(_Unit(model, everyone, zero))
+    for unit in units:
+        _fully_shard(unit, outside)
+
+
+def _storage(root: DeviceMesh, axis: str, zero: int) -> DeviceMesh:
+    """The ranks that share a parameter: in pieces, or, in stage 0, as copies of one whole piece."""
+    return root[(axis, "own")] if zero == 0 else root[axis]
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts of a model: children of its module lists that have parameters."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        for child in module:
+            inner = any(isinstance(part, nn.ModuleList) for part in child.modules())
+            fresh = id(child) not in seen
+            if fresh and not inner and any(True for _ in child.parameters()):
+                seen.add(id(child))
+                yield child
+
+
+def _fully_shard(unit: _Unit, outside: set[nn.Parameter]) -> None:
+    size = unit.mesh.size(unit.mesh.ndim - 1)
+
+    def placement(param: nn.Parameter) -> ShardPlacement:
+        return ShardPlacement(_piece_dim(param, size))
+
+    fully_shard(
+        unit.module,
+        mesh=unit.mesh,
+        reshard_after_forward=unit.zero == 3,
+        shard_placement_fn=placement,
+        ignored_params=outside,
+    )
+    setattr(unit.module, _ONCE_PER_STEP, unit.zero < 2)
+    assert isinstance(unit.module, FSDPModule)
+    unit.module.set_gradient_divide_factor(1.0)
+    unit.module.set_force_sum_reduction_for_comms(True)
+
+
+def _piece_dim(param: Tensor, pieces: int) -> int:
+    """The dim along which FSDP cuts: the first, unless it is cut already and does not divide.
+
+    Pieces of a tensor that other axes have cut must be equal; so must those along later dims.
+    """
+    box = shard_of(param)
+    if pieces == 1 or tuple(box.local.shape) == box.shape:
+        return 0
+    for dim, length in enumerate(box.local.shape):
+        if length % pieces == 0:
+            return dim
+    raise UserError(
+        f"a part of shape {tuple(box.local.shape)}, of a parameter of shape {box.shape}, cannot "
+        f"be cut into {pieces} equal pieces; choose widths or a mesh so that one of them divides"
+    )
+
+
+@torch.no_grad()
+def _copy_values_of_first_rank(model: nn.Module, mesh: Mesh) -> None:
+    group = mesh.stage
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    if group.process_group is None or any(t.is_meta for t in tensors.values()):
+        return
+    for tensor in tensors.values():
+        dist.broadcast(tensor.detach(), src=group.ranks[0], group=group.process_group)
