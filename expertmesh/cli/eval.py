@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     # Here, so that `expertmesh --help` does not wait for torch.
     from expertmesh.data import build_data
     from expertmesh.errors import UserError
+    from expertmesh.train.build import passes_over
     from expertmesh.train.finished import load_run
     from expertmesh.train.loop import check_data_fits, make_evaluator
     from expertmesh.train.progress import routing_summaries
@@ -46,10 +47,10 @@ def main(argv: Sequence[str]) -> int:
     trained = load_run(args.run, overrides)
     data = build_data(trained.run.data)
     check_data_fits(trained.run, data)
-    evaluator = make_evaluator(trained.run, data, trained.device)
+    evaluator = make_evaluator(trained.run, data)
     if evaluator is None:
         raise UserError("data.val_fraction is 0: nothing is held out; set --data.val_fraction=0.05")
-    evaluation = evaluator(trained.model)
+    evaluation = evaluator(passes_over(trained.model, trained.run, trained.device))
     print(f"run            {args.run}, step {trained.step}")
     print(f"tokens         {evaluation.num_targets:,}")
     print(f"loss           {evaluation.loss:.4f} nats per token")

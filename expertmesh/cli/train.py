@@ -40,26 +40,38 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
 
     # Here, so that `expertmesh --help` does not wait for torch.
-    from expertmesh.train.display import make_display
-    from expertmesh.train.loop import Trainer
+    from expertmesh.parallel.processes import joined, local_device
+    from expertmesh.train.precision import pick_device
     from expertmesh.train.run_file import load_run_file
 
     run = load_run_file(args.run_file, overrides)
+    with joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
+        return _train(run)
+
+
+def _train(run: "RunFile") -> int:
+    from expertmesh.train.display import NoDisplay, make_display
+    from expertmesh.train.loop import Trainer
+
     trainer = Trainer(run)
+    speaks = trainer.ranks.first
     if trainer.done and (run.folder / EXPERT_TOKENS).exists():
-        print(f"{run.folder} is done: all {trainer.step} steps are trained")
-        print(f"more steps: --train.steps={2 * trainer.step}; another run: --run.dir=FOLDER")
+        if speaks:
+            print(f"{run.folder} is done: all {trainer.step} steps are trained")
+            more = 2 * trainer.step
+            print(f"more steps: --train.steps={more}; another run: --run.dir=FOLDER")
         return 0
-    _describe(run, trainer)
-    with make_display(run.train.steps, trainer.step) as display:
+    if speaks:
+        _describe(run, trainer)
+    with make_display(run.train.steps, trainer.step) if speaks else NoDisplay() as display:
         outcome = trainer.fit(display)
-    if outcome.stopped_by is not None:
+    if outcome.stopped_by is None:
+        _finish(run, trainer, outcome)
+    elif speaks:
         print(
             f"stopped by {outcome.stopped_by} after step {outcome.step}; everything is saved; "
             f"continue with: expertmesh train {run.folder / 'config.toml'}"
         )
-        return 0
-    _finish(run, trainer, outcome)
     return 0
 
 
@@ -80,6 +92,8 @@ def _describe(run: "RunFile", trainer: "Trainer") -> None:
         f"{run.train.batch} per step, {run.train.steps:,} steps"
     )
     print(f"device   {trainer.device}, {run.train.precision}")
+    if trainer.mesh is not None:
+        print("mesh     " + trainer.mesh.grid.describe().replace("\n", "\n         "))
     print(f"folder   {run.folder}  (config.toml, data.json, metrics.jsonl, checkpoints/)")
     if trainer.step:
         print(f"continuing after step {trainer.step}")
@@ -96,8 +110,11 @@ def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
     evaluation = outcome.evaluation
     if trainer.evaluator is not None:
         with ExpertTokens(trainer.model, run.model.vocab_size) as counts:
-            evaluation = trainer.evaluator(trainer.model)
+            evaluation = trainer.evaluator(trainer.passes)
+        counts.add_other_ranks(trainer.ranks)
         table = counts.table(trainer.data.tokenizer)
+    if not trainer.ranks.first:
+        return
     write_whole(run.folder / EXPERT_TOKENS, json.dumps(table) + "\n")
     print(f"done     {outcome.step:,} steps, {trainer.clock.tokens:,} tokens")
     if evaluation is not None:

@@ -5,7 +5,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from expertmesh.experts import GatedMLPExperts
-from expertmesh.layer import MoE
+from expertmesh.layer import MoE, set_loss_scale
 from expertmesh.models.attention import GroupedAttention
 from expertmesh.models.config import DecoderConfig
 from expertmesh.models.context import BlockContext
@@ -64,6 +64,9 @@ class MoEBlock(nn.Module):
             key=context.key,
             routing=context.replay.get(self.index),
         )
+        if context.loss_scale is not None:
+            # Here and not before the pass: a pass that is recomputed must find its own again.
+            set_loss_scale(self.moe, context.loss_scale)
         if context.record is None:
             return x_BSD + moe(self.moe_norm(x_BSD))
         y_BSD, routing = moe(self.moe_norm(x_BSD), return_routing=True)

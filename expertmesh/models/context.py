@@ -24,7 +24,14 @@ class KeyValueCache(Protocol):
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What the blocks share in one forward pass. P positions are cached, S are new."""
+    """What the blocks share in one forward pass. P positions are cached, S are new.
+
+    Under tensor parallel, what ends in ``_BS`` is this rank's part of the new positions; mask and
+    rotation are those of all S, which attention sees together.
+    """
+
+    seq_len: int
+    """S, the number of new positions that attention sees together."""
 
     tokens_BS: Tensor
     """Token ids of the new positions."""
@@ -49,6 +56,9 @@ class BlockContext:
 
     record: dict[int, Routing] | None
     """Where MoE blocks write what they decided, by block index, if anyone asks."""
+
+    loss_scale: float | None = None
+    """What multiplies the balance losses of this pass; None leaves what each layer holds."""
 
 
 def positions_of(padding_mask: Tensor | None, past: int, tokens_BS: Tensor) -> Tensor:

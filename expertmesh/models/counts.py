@@ -32,18 +32,27 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> int:
     return 2 * _matrices(config, config.experts_per_token) + config.num_layers * per_block
 
 
+def block_matrices(config: DecoderConfig, index: int) -> int:
+    """Weights of block ``index`` that a token is multiplied with: K of the E experts."""
+    return _block_matrices(config, config.is_moe(index), config.experts_per_token)
+
+
+def _block_matrices(config: DecoderConfig, moe: bool, num_experts: int) -> int:
+    """Weights of a block that multiply, with so many experts counted."""
+    attention = _attention_matrices(config)
+    if not moe:
+        return attention + _gated_mlp(config.dim, config.dense_hidden or 0)
+    expert = _gated_mlp(config.dim, config.expert_hidden)
+    return attention + _router(config) + (num_experts + config.num_shared_experts) * expert
+
+
 def _matrices(config: DecoderConfig, num_experts: int) -> int:
     """Weights that multiply, with so many experts counted in each MoE block."""
     num_dense = config.num_layers - config.num_moe_layers
-    dense = _gated_mlp(config.dim, config.dense_hidden or 0)
-    expert = _gated_mlp(config.dim, config.expert_hidden)
-    moe = _router(config) + (num_experts + config.num_shared_experts) * expert
-    return (
-        config.num_layers * _attention_matrices(config)
-        + num_dense * dense
-        + config.num_moe_layers * moe
-        + config.vocab_size * config.dim
-    )
+    blocks = num_dense * _block_matrices(config, False, 0)
+    if config.num_moe_layers:
+        blocks += config.num_moe_layers * _block_matrices(config, True, num_experts)
+    return blocks + config.vocab_size * config.dim
 
 
 def _lookups(config: DecoderConfig) -> int:

@@ -1,6 +1,6 @@
 """The decoder-only language model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,9 @@ class DecoderLM(nn.Module):
                 else nn.Linear(config.dim, config.vocab_size, bias=False)
             )
         self._run_block = run_block
+        # Which positions of the sequence this rank computes outside attention: (tensor, dim) to
+        # its part. The parallel layer sets it.
+        self.own_part: Callable[[Tensor, int], Tensor] = _whole
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)
@@ -86,6 +89,10 @@ class DecoderLM(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each position.
+
+        Under tensor parallel a rank is given whole sequences and answers for the part that
+        ``model.own_part(tokens_BS, 1)`` names, which may be empty: the logits, ``key.token_index``
+        and routings are of that part alone, and targets are cut alike.
 
         Args:
             tokens_BS: int64 token ids, ``(B, S)``.
@@ -134,24 +141,94 @@ class DecoderLM(nn.Module):
 
         The arguments are those of ``forward``.
         """
+        return self._run(
+            range(self.config.num_layers),
+            None,
+            tokens_BS,
+            padding_mask=padding_mask,
+            key=key,
+            routing=routing,
+            record=record,
+            cache=cache,
+            positions=positions,
+        )
+
+    def part(
+        self,
+        blocks: range,
+        x_BSD: Tensor | None,
+        tokens_BS: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        key: RandomKey | None = None,
+        cache: KeyValueCache | None = None,
+        loss_scale: float | None = None,
+    ) -> Tensor:
+        """Some of the model's blocks, as one stage of a pipeline; ``forward`` cut in pieces.
+
+        Args:
+            blocks: Which blocks. Those from 0 on begin with the embedding, and those up to the
+                last one end with norm and output layer.
+            x_BSD: What the blocks before these gave, ``(B, S, D)``; None for those from 0 on.
+            tokens_BS: As in ``forward``, for every stage: routers may look at them.
+            padding_mask: As in ``forward``.
+            key: As in ``forward``.
+            cache: As in ``forward``.
+            loss_scale: What multiplies the balance losses that this pass attaches, also when it is
+                recomputed after others; None leaves what ``set_loss_scale`` set last.
+
+        Returns:
+            ``(B, S, D)``, or logits ``(B, S, V)`` from the last block's stage.
+        """
+        y = self._run(
+            blocks,
+            x_BSD,
+            tokens_BS,
+            padding_mask=padding_mask,
+            key=key,
+            cache=cache,
+            loss_scale=loss_scale,
+        )
+        return self.logits(y) if blocks.stop == self.config.num_layers else y
+
+    def _run(
+        self,
+        blocks: range,
+        x_BSD: Tensor | None,
+        tokens_BS: Tensor,
+        *,
+        padding_mask: Tensor | None,
+        key: RandomKey | None,
+        cache: KeyValueCache | None,
+        routing: Mapping[int, Routing] | None = None,
+        record: dict[int, Routing] | None = None,
+        positions: Tensor | None = None,
+        loss_scale: float | None = None,
+    ) -> Tensor:
         past = 0 if cache is None else cache.get_seq_length()
         self._check(tokens_BS, padding_mask, past)
         if positions is None:
             positions = positions_of(padding_mask, past, tokens_BS)
-        x_BSD = self._embed(tokens_BS, positions)
+        own_tokens_BS = self.own_part(tokens_BS, 1)
+        if x_BSD is None:
+            x_BSD = self._embed(own_tokens_BS, self.own_part(positions, 1))
         context = BlockContext(
-            tokens_BS=tokens_BS,
-            padding_mask_BS=None if padding_mask is None else padding_mask[:, past:],
+            seq_len=tokens_BS.shape[1],
+            tokens_BS=own_tokens_BS,
+            padding_mask_BS=(
+                None if padding_mask is None else self.own_part(padding_mask[:, past:], 1)
+            ),
             attention_mask=attention_mask_of(padding_mask, past, tokens_BS),
             rotation=self._rotation(positions, x_BSD.dtype),
             key=key,
             cache=cache,
             replay={} if routing is None else routing,
             record=record,
+            loss_scale=loss_scale,
         )
-        for block in self.blocks:
-            x_BSD = self._run_block(block, x_BSD, context)
-        return self.norm(x_BSD)
+        for index in blocks:
+            x_BSD = self._run_block(getattr(self.blocks, str(index)), x_BSD, context)
+        return self.norm(x_BSD) if blocks.stop == self.config.num_layers else x_BSD
 
     def _embed(self, tokens_BS: Tensor, positions: Tensor) -> Tensor:
         x_BSD = self.embedding(tokens_BS)
@@ -182,3 +259,8 @@ class DecoderLM(nn.Module):
                 f"the sequence must be at most max_seq_len={self.config.max_seq_len} long with "
                 f"learned positions, got {past + new}; set max_seq_len, or position='rotary'"
             )
+
+
+def _whole(x: Tensor, _: int) -> Tensor:
+    """One rank computes every position."""
+    return x

@@ -67,6 +67,9 @@ def _copies(param: nn.Parameter, stage_size: int) -> int:
     mesh = param.device_mesh  # type: ignore[attr-defined]  # of a DTensor
     placements = param.placements  # type: ignore[attr-defined]
     pieces = math.prod(
-        mesh.size(axis) for axis, placement in enumerate(placements) if placement.is_shard()
+        mesh.size(axis)
+        for axis, placement in enumerate(placements)
+        # FSDP's strided shards do not call themselves shards in every release of torch.
+        if not placement.is_replicate()
     )
     return stage_size // pieces

@@ -105,16 +105,15 @@ def _stacked(experts: Experts) -> Iterator[tuple[str, Tensor, int | None]]:
 def _shard(experts: Experts, mesh: DeviceMesh) -> None:
     made: dict[int, Tensor] = {}  # by identity, so that tied tensors stay tied
     for name, tensor, dim in list(_stacked(experts)):
-        if id(tensor) not in made:
-            made[id(tensor)] = _cut(tensor, mesh, dim)
         module_name, _, leaf = name.rpartition(".")
         owner = experts.get_submodule(module_name)
-        if isinstance(tensor, nn.Parameter):
-            if not isinstance(made[id(tensor)], nn.Parameter):
-                made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
-            owner.register_parameter(leaf, made[id(tensor)])
+        part = made.setdefault(id(tensor), tensor)
+        if part is tensor:
+            part = made[id(tensor)] = _cut(tensor, mesh, dim)
+        if isinstance(part, nn.Parameter):
+            owner.register_parameter(leaf, part)
         else:
-            owner.register_buffer(leaf, made[id(tensor)])
+            owner.register_buffer(leaf, part)
 
 
 def _cut(tensor: Tensor, mesh: DeviceMesh, hidden_dim: int | None) -> Tensor:
@@ -130,6 +129,7 @@ def _cut(tensor: Tensor, mesh: DeviceMesh, hidden_dim: int | None) -> Tensor:
             part = part.narrow(placement.dim, mesh.get_local_rank(axis) * size, size)
     # A copy, so that the whole can be freed.
     part = part.contiguous() if tensor.is_meta else part.clone()
-    return DTensor.from_local(
+    whole: Tensor = DTensor.from_local(
         part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole

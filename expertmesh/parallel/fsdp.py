@@ -81,6 +81,7 @@ def parallelize(
     if mesh.world == 1:
         place_experts(model, mesh, dispatch=dispatch)
         return model
+    mesh.make_groups()
     _copy_values_of_first_rank(model, mesh)
     if mesh.degree("tp") > 1:
         shard_attention(model, mesh)

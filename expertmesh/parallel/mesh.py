@@ -154,6 +154,18 @@ class Mesh:
             )
         return self._groups[names]
 
+    def make_groups(self) -> None:
+        """Make every group that a model over this mesh may need.
+
+        All ranks of the world do this together, whatever their part of the model holds: torch
+        makes groups collectively, and a rank that needed one group less would keep others waiting.
+        """
+        if self.world == 1:
+            return
+        for axes in (("dp", "cp", "tp"), ("cp", "tp"), ("ep", "etp"), DENSE_AXES):
+            self.group(axes)
+        _ = self.expert, self.attention, self.storage
+
     def submesh(self, axes: str | Sequence[str]) -> DeviceMesh:
         """The ``DeviceMesh`` of these axes through this rank; several stay several dims."""
         names = (axes,) if isinstance(axes, str) else tuple(axes)

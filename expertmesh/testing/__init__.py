@@ -1,5 +1,13 @@
 """Tools for tests: this project's, and yours."""
 
 from expertmesh.testing.compare import assert_close, relative_error
+from expertmesh.testing.ranks import RankError, RankPool, RankTimeout, run_on_ranks
 
-__all__ = ["assert_close", "relative_error"]
+__all__ = [
+    "RankError",
+    "RankPool",
+    "RankTimeout",
+    "assert_close",
+    "relative_error",
+    "run_on_ranks",
+]

@@ -1,78 +1,77 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent, and the same whatever mesh saves or loads them.
 
-A checkpoint is a folder. It is written under another name beside its place, flushed to disk,
-described by a manifest with the SHA-256 of each file, and renamed last; so a folder with the
-right name is complete, and the previous one is untouched until then. Tensors are safetensors, the
-rest is JSON: nothing is unpickled.
+A checkpoint is a folder. It is written under another name beside its place, each rank its own
+files, flushed to disk, described by a manifest with the SHA-256 of every file, and renamed last by
+one rank; so a folder with the right name is complete, and the previous one is untouched until then.
+Tensors are safetensors, the rest is JSON: nothing is unpickled. Ranks must share the folder.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
+from expertmesh.parallel.agreement import Agreement
+from expertmesh.parallel.checkpoint import (
+    index_file,
+    load_tensors,
+    plan,
+    read_index,
+    sha256,
+    single_file,
+)
+from expertmesh.train.saving import MANIFEST, STATE, UNFINISHED, Saving
 from expertmesh.train.tensors import (
-    load_model_tensors,
-    load_optimizer_tensors,
+    check_model,
+    empty_optimizer_tensors,
     model_tensors,
+    optimized,
     optimizer_tensors,
+    set_optimizer_tensors,
 )
 
-MODEL, OPTIMIZER, STATE, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "manifest.json",
-)
+MODEL, OPTIMIZER = "model", "optimizer"
+# A list of files in a message stops here; the rest is counted.
+_MOST_FAULTS = 4
 _NAME = re.compile(r"step_(\d{8,})")
-_UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk.
+    """A complete checkpoint on disk. All ranks call its methods together.
 
     Attributes:
         path: Its folder.
         step: Optimizer steps done when it was saved.
+        ranks: Those that read it together; this process alone unless said otherwise. Any number
+            may have saved it.
     """
 
     path: Path
     step: int
+    ranks: Agreement = field(default_factory=Agreement, compare=False, repr=False)
 
     def verify(self) -> None:
-        """Compare every file with the manifest.
+        """Compare every file with the manifest; each rank reads some of them.
 
         Raises:
-            UserError: Naming the first file that is absent or whose content differs.
+            UserError: On every rank, naming files that are absent or whose content differs.
         """
-        try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-            files = dict(manifest["files"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} has no readable {MANIFEST}; it is not used") from None
-        if unlisted := [name for name in (MODEL, OPTIMIZER, STATE) if name not in files]:
-            raise UserError(f"{self.path / MANIFEST} has no hash of {unlisted}; it is not used")
-        for name, expected in files.items():
-            file = self.path / name
-            if not file.is_file():
-                raise UserError(f"{file} is missing; the checkpoint is not used")
-            if (got := _sha256(file)) != expected:
-                raise UserError(
-                    f"{file} is corrupt: expected SHA-256 {expected[:16]}..., got {got[:16]}...; "
-                    "the checkpoint is not used"
-                )
+        with self.ranks.together():
+            files = self._manifest()
+            own = sorted(files)[self.ranks.index :: self.ranks.size]
+            if faults := [text for name in own if (text := _fault(self.path / name, files[name]))]:
+                listed = "; ".join(faults[:_MOST_FAULTS])
+                more = f"; and {rest} more" if (rest := len(faults) - _MOST_FAULTS) > 0 else ""
+                raise UserError(f"{listed}{more}; the checkpoint is not used")
 
     def state(self) -> dict[str, Any]:
         """What ``save`` was given beside the tensors."""
@@ -80,52 +79,104 @@ class Checkpoint:
         return state
 
     def load_model(self, model: nn.Module) -> None:
-        """Copy the weights into ``model``; an error names every tensor that does not fit."""
-        load_model_tensors(model, load_file(self.path / MODEL), str(self.path))
+        """Copy the weights into ``model``, each rank what it holds of it.
+
+        Raises:
+            UserError: On every rank, naming every tensor that does not fit; then nothing was
+                copied anywhere. Also if a file is missing or cannot be read.
+        """
+        own = model_tensors(model)
+        elsewhere = self._everyones(own)
+        with self.ranks.together():
+            saved = read_index(self.path, MODEL)
+            check_model(own, saved, str(self.path), elsewhere=elsewhere)
+        with self.ranks.together():
+            load_tensors(self.path, saved, own)
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give ``optimizer`` its state back; parameters are matched by name."""
-        saved = load_file(self.path / OPTIMIZER)
-        load_optimizer_tensors(model, optimizer, saved, str(self.path))
+        """Give ``optimizer`` its state back; parameters are matched by name.
+
+        Raises:
+            UserError: As ``load_model``.
+        """
+        elsewhere = self._everyones(optimized(model, optimizer))
+        with self.ranks.together():
+            saved = read_index(self.path, OPTIMIZER)
+            own = empty_optimizer_tensors(
+                model, optimizer, saved, str(self.path), elsewhere=elsewhere
+            )
+        with self.ranks.together():
+            load_tensors(self.path, saved, own)
+        set_optimizer_tensors(model, optimizer, own)
+
+    def _everyones(self, own: Mapping[str, Any]) -> set[str]:
+        return {name for names in self.ranks.gather(list(own)) for name in names}
+
+    def _manifest(self) -> dict[str, str]:
+        """Hashes by file."""
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+            files = dict(manifest["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} has no readable {MANIFEST}; it is not used") from None
+        needed = [(STATE,), *((single_file(s), index_file(s)) for s in (MODEL, OPTIMIZER))]
+        if unlisted := [" or ".join(e) for e in needed if not any(name in files for name in e)]:
+            raise UserError(f"{self.path / MANIFEST} has no hash of {unlisted}; it is not used")
+        return files
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All ranks call its methods together.
 
     Args:
         path: ``RUN/checkpoints``; made when the first one is saved.
         keep: How many of the newest to keep.
+        group: Those that hold the model together; None is this process alone.
     """
 
-    def __init__(self, path: Path, *, keep: int = 2) -> None:
+    def __init__(self, path: Path, *, keep: int = 2, group: Group | None = None) -> None:
         if keep < 1:
             raise UserError(f"train.keep must be at least 1, got {keep}; set train.keep = 1")
         self.path = path
         self.keep = keep
+        # Two, so that reading may go on while a thread writes.
+        self._readers, self._writers = Agreement(group), Agreement(group)
+        self._saving: Saving | None = None
 
     def complete(self) -> list[Checkpoint]:
-        """Finished checkpoints, oldest first. Contents are not read: see ``Checkpoint.verify``."""
+        """Finished checkpoints, oldest first, as this rank sees them.
+
+        Contents are not read: see ``Checkpoint.verify``.
+        """
         if not self.path.is_dir():
             return []
         folders = [entry for entry in self.path.iterdir() if entry.is_dir()]
         found = ((_NAME.fullmatch(entry.name), entry) for entry in folders)
         return sorted(
-            (Checkpoint(entry, int(match[1])) for match, entry in found if match is not None),
+            (
+                Checkpoint(entry, int(match[1]), self._readers)
+                for match, entry in found
+                if match is not None
+            ),
             key=lambda checkpoint: checkpoint.step,
         )
 
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose hashes agree.
+        """The newest checkpoint whose hashes agree, after a save under way has ended.
 
         Returns:
             The checkpoint, or None where the run has none, and a line for each newer one that was
-            passed over.
+            passed over. The same on every rank.
 
         Raises:
             UserError: If there are checkpoints and every one of them is damaged.
         """
+        self.wait()
         refused: list[str] = []
-        for checkpoint in reversed(self.complete()):
+        # The first rank says what there is: ranks that see other folders must not part ways.
+        found = self._readers.gather([checkpoint.step for checkpoint in self.complete()])[0]
+        for step in reversed(found):
+            checkpoint = Checkpoint(self._folder(step), step, self._readers)
             try:
                 checkpoint.verify()
             except UserError as error:
@@ -142,79 +193,78 @@ class CheckpointFolder:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Any],
+        *,
+        asynchronous: bool = False,
     ) -> Checkpoint:
         """Write one checkpoint, then remove those beyond ``keep``.
 
         Args:
             step: Optimizer steps done.
-            model: Parameters and persistent buffers are saved.
+            model: Parameters and persistent buffers are saved: of a ``DTensor`` what each rank
+                holds, of any other tensor one rank's.
             optimizer: Its state is saved by parameter name.
-            state: Anything else, as JSON.
+            state: Anything else, as JSON; the first rank's is written.
+            asynchronous: Return when this rank's part is copied to host memory, and write in a
+                thread. Call ``wait`` before the program ends.
+
+        Returns:
+            The checkpoint; with ``asynchronous`` it is there after ``wait``.
 
         Raises:
-            UserError: If it cannot be written; earlier checkpoints are as they were.
+            UserError: On every rank, if it, or the one before that was saved asynchronously,
+                cannot be written; earlier checkpoints are as they were.
         """
-        final = self.path / f"step_{step:08d}"
-        unfinished = self.path / f"{_UNFINISHED}{final.name}"
-        try:
-            self._remove_unfinished()
-            unfinished.mkdir(parents=True)
-            _save_tensors(model_tensors(model), unfinished / MODEL)
-            _save_tensors(optimizer_tensors(model, optimizer), unfinished / OPTIMIZER)
-            _write_json({"step": step, **state}, unfinished / STATE)
-            hashes = {name: _sha256(unfinished / name) for name in (MODEL, OPTIMIZER, STATE)}
-            _write_json({"files": hashes}, unfinished / MANIFEST)
-            _flush_folder(unfinished)
-            if final.exists():
-                shutil.rmtree(final)
-            unfinished.rename(final)
-            _flush_folder(self.path)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(self._cannot_save(step, error)) from error
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
-        return Checkpoint(final, step)
-
-    def _cannot_save(self, step: int, error: Exception) -> str:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        earlier = self.complete()
-        last = f"the last good one is {earlier[-1].path}" if earlier else "there is no earlier one"
-        return (
-            f"could not save the checkpoint of step {step} in {self.path}: {reason}; {last}; "
-            "make room on the disk and start the same command again"
+        self.wait()
+        parts = [
+            plan(model_tensors(model), MODEL, self._writers),
+            plan(optimizer_tensors(model, optimizer), OPTIMIZER, self._writers),
+        ]
+        saving = Saving(
+            parts=[part.on_host() for part in parts] if asynchronous else parts,
+            state={"step": step, **state},
+            final=self._folder(step),
+            ranks=self._writers,
+            last_good=lambda: [str(checkpoint.path) for checkpoint in self.complete()],
+            then=lambda: self._remove_old(step),
         )
+        if asynchronous:
+            self._saving = saving
+            saving.start()
+        else:
+            saving.run()
+        return Checkpoint(self._folder(step), step, self._readers)
 
-    def _remove_unfinished(self) -> None:
-        for left_over in self.path.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+    def wait(self) -> None:
+        """Return when no save is under way.
+
+        Raises:
+            UserError: On every rank, if the last asynchronous save failed; once.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
+
+    def _folder(self, step: int) -> Path:
+        return self.path / f"step_{step:08d}"
+
+    def _remove_old(self, saved: int) -> None:
+        # Newer ones than the one just saved were passed over as damaged: they are not among those
+        # that can be continued, so they must not push one out.
+        usable = [checkpoint for checkpoint in self.complete() if checkpoint.step <= saved]
+        for old in usable[: -self.keep]:
+            # Renamed first: whoever looks meanwhile must not find half of it under its name.
+            leaving = self.path / f"{UNFINISHED}{old.path.name}"
+            try:
+                old.path.rename(leaving)
+            except OSError:
+                continue
+            shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    _flush(file)
-
-
-def _write_json(content: Mapping[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")
-    _flush(file)
-
-
-def _flush(file: Path) -> None:
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """Make names durable; systems without folder handles (Windows) do that by themselves."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _fault(file: Path, expected: str) -> str | None:
+    """How a file differs from what was written."""
+    if not file.is_file():
+        return f"{file} is missing"
+    if (got := sha256(file)) != expected:
+        return f"{file} is corrupt: expected SHA-256 {expected[:16]}..., got {got[:16]}..."
+    return None

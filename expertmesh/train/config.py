@@ -50,13 +50,14 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps.
         batch: Sequences of one optimizer step, over the whole mesh.
-        micro_batch: Sequences of one forward pass; None is ``batch``.
+        micro_batch: Sequences of one forward pass, over the whole mesh; None is ``batch``.
         precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (dynamic loss scale).
         checkpoint_activations: Recompute each block in the backward pass.
         compile: Compile the model with ``torch.compile``.
         log_every: Steps between lines.
         save_every: Steps between checkpoints; the last step always makes one. 0: only the last.
         keep: Checkpoints kept.
+        async_save: Write checkpoints in a thread while training goes on.
     """
 
     steps: int = 1000
@@ -68,6 +69,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 200
     keep: int = 2
+    async_save: bool = False
 
     def __post_init__(self) -> None:
         least_values = {"steps": 1, "batch": 1, "log_every": 1, "save_every": 0, "keep": 1}

@@ -120,6 +120,19 @@ class TerminalDisplay(Display):
         self._progress.stop()
 
 
+class NoDisplay(Display):
+    """For ranks that do not speak."""
+
+    def message(self, text: str) -> None:
+        return
+
+    def advance(self, step: int, loss: float) -> None:
+        return
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        return
+
+
 def make_display(steps: int, start: int = 0) -> Display:
     """A live bar on a terminal, plain lines anywhere else."""
     return TerminalDisplay(steps, start) if sys.stdout.isatty() else PlainDisplay(steps)

@@ -13,9 +13,9 @@ from expertmesh.data import Batch, Dataset, Tokenizer, in_order
 from expertmesh.data.loader import collate
 from expertmesh.errors import UserError
 from expertmesh.layer import moe_layers
+from expertmesh.parallel.agreement import Agreement
 from expertmesh.routing import Routing
-from expertmesh.train.precision import Precision
-from expertmesh.train.step import micro_batches, token_loss
+from expertmesh.train.passes import Passes
 
 _TOKENS_PER_EXPERT = 12
 
@@ -57,34 +57,31 @@ class Evaluator:
     Attributes:
         dataset: The held-out samples.
         batch: Sequences of a batch.
-        sequences: Sequences of one forward pass.
         batches: Batches to read; None reads them all.
         tokenizer: Says which tokens are bytes.
-        precision: Autocast.
-        device: Where the model is.
     """
 
     dataset: Dataset
     batch: int
-    sequences: int
     batches: int | None
     tokenizer: Tokenizer
-    precision: Precision
-    device: torch.device
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def __call__(self, passes: Passes) -> Evaluation:
         """Mean loss over the target tokens; the model's mode is as before afterwards.
+
+        Args:
+            passes: How the model runs over a batch; on a mesh all ranks call together.
 
         Raises:
             UserError: If there is nothing to predict.
         """
+        model = passes.model
         training = model.training
         model.eval()
         try:
             nats, num_targets, num_bytes = 0.0, 0, 0
             for batch in self._batches():
-                nats += self._nats(model, batch)
+                nats += passes.nats(batch)
                 num_targets += batch.num_targets
                 num_bytes += int(((batch.targets_BS >= 0) & (batch.targets_BS < 256)).sum())
         finally:
@@ -104,36 +101,27 @@ class Evaluator:
         for start in range(0, num_samples, self.batch):
             yield collate(self.dataset, chosen[start : start + self.batch])
 
-    def _nats(self, model: nn.Module, batch: Batch) -> float:
-        total = 0.0
-        for part in micro_batches(batch, self.sequences, self.device):
-            with self.precision.autocast(self.device):
-                logits_BSV = model(part.tokens_BS, padding_mask=part.padding_mask_BS)
-            total += float(token_loss(logits_BSV, part.targets_BS))
-        return total
-
 
 class ExpertTokens:
     """A context that counts which tokens each expert of each MoE layer takes.
 
     Args:
-        model: Called as ``model(tokens, ...)`` inside the context.
+        model: Run inside the context; gives its routers the tokens' ids.
         vocab_size: V.
     """
 
     def __init__(self, model: nn.Module, vocab_size: int) -> None:
         self._model = model
         self._vocab_size = vocab_size
-        self._tokens_T = torch.empty(0, dtype=torch.int64)
         self._hooks: list[Any] = []
         self.count_EV: dict[str, Tensor] = {}
 
     def __enter__(self) -> "ExpertTokens":
-        self._hooks.append(self._model.register_forward_pre_hook(self._remember))
         for name, moe in moe_layers(self._model).items():
             shape = (moe.router.num_experts, self._vocab_size)
             self.count_EV[name] = torch.zeros(shape, dtype=torch.int64)
-            self._hooks.append(moe.router.register_forward_hook(self._counter(name)))
+            hook = moe.router.register_forward_hook(self._counter(name), with_kwargs=True)
+            self._hooks.append(hook)
         return self
 
     def __exit__(
@@ -144,6 +132,13 @@ class ExpertTokens:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def add_other_ranks(self, ranks: Agreement) -> None:
+        """Add what other ranks counted, of these layers and of others; all ranks call it."""
+        own, self.count_EV = self.count_EV, {}
+        for part in ranks.gather(own):
+            for name, count_EV in part.items():
+                self.count_EV[name] = self.count_EV.get(name, torch.zeros_like(count_EV)) + count_EV
 
     def table(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The content of ``expert_tokens.json``.
@@ -159,15 +154,14 @@ class ExpertTokens:
         }
         return {"layers": layers}
 
-    def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._tokens_T = args[0].flatten()
-
     def _counter(self, name: str) -> Any:
-        def count(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        def count(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing
+        ) -> None:
             count_EV = self.count_EV[name]
             num_experts, vocab_size = count_EV.shape
             expert_TK = routing.expert_TK
-            cell_TK = expert_TK * vocab_size + self._tokens_T[:, None]
+            cell_TK = expert_TK * vocab_size + kwargs["token_ids"][:, None]
             cells = cell_TK[expert_TK < num_experts].cpu()
             count_EV += torch.bincount(cells, minlength=count_EV.numel()).view_as(count_EV)
 

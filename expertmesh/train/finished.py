@@ -8,9 +8,10 @@ import torch
 
 from expertmesh.errors import UserError
 from expertmesh.models.decoder import DecoderLM
+from expertmesh.train.build import build_model
 from expertmesh.train.checkpoint import CheckpointFolder
 from expertmesh.train.config import CONFIG, RunFile
-from expertmesh.train.loop import CHECKPOINTS, build_model
+from expertmesh.train.loop import CHECKPOINTS
 from expertmesh.train.precision import pick_device
 from expertmesh.train.run_file import load_run_file
 

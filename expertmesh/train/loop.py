@@ -1,22 +1,26 @@
 """The training loop: a run file in, a run's folder out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from expertmesh import __version__
 from expertmesh.data import DataBundle, Loader, build_data
+from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
-from expertmesh.models.decoder import DecoderLM
+from expertmesh.parallel.agreement import Agreement
+from expertmesh.parallel.handshake import same_on_all_ranks
+from expertmesh.parallel.processes import joined_world, local_device
+from expertmesh.parallel.reports import anyone, largest
+from expertmesh.train.build import build_passes
 from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
-from expertmesh.train.compilation import compile_model
 from expertmesh.train.config import CONFIG, RunFile, differences
 from expertmesh.train.display import Display
 from expertmesh.train.evaluate import Evaluation, Evaluator
 from expertmesh.train.logger import RunLogger
-from expertmesh.train.mesh import check_single_process
 from expertmesh.train.optimizer import build_optimizer, set_lr
-from expertmesh.train.precision import Precision, pick_device
+from expertmesh.train.precision import pick_device
 from expertmesh.train.progress import (
     Clock,
     forget_routing,
@@ -64,20 +68,30 @@ class Trainer:
     """
 
     def __init__(self, run: RunFile, data: DataBundle | None = None) -> None:
-        check_single_process(run.mesh)
         self.run = run
-        self.device = pick_device(run.run.device)
-        self.precision = Precision(run.train.precision)
-        self.checkpoints = CheckpointFolder(run.folder / CHECKPOINTS, keep=run.train.keep)
+        self.device = local_device(pick_device(run.run.device))
+        self.mesh = run.mesh.build(joined_world(), run.model.num_experts, self.device)
+        self.ranks = Agreement(None if self.mesh is None else self.mesh.everyone)
+        same_on_all_ranks(_flat(run), self.ranks)
+        self.checkpoints = CheckpointFolder(
+            run.folder / CHECKPOINTS, keep=run.train.keep, group=self._everyone
+        )
         resume_from, self.notes = self._find_checkpoint()
         self.data = build_data(run.data) if data is None else data
+        same_on_all_ranks({"data": _identity(self.data)}, self.ranks)
         check_data_fits(run, self.data)
         if resume_from is not None:
             check_same_data(run.folder, self.data.provenance)
         self.loader = Loader(self.data.train, batch_size=run.train.batch, seed=run.run.seed)
-        self.evaluator = make_evaluator(run, self.data, self.device)
-        self.model = build_model(run, self.device)
-        self.stepper = self._make_stepper()
+        self.evaluator = make_evaluator(run, self.data)
+        self.passes = build_passes(run, self.device, self.mesh)
+        self.model = self.passes.model
+        self.stepper = Stepper(
+            self.passes,
+            build_optimizer(self.model, run.optim),
+            seed=run.run.seed,
+            clip=run.optim.clip,
+        )
         self.clock = Clock()
         self.step = 0
         if resume_from is not None:
@@ -103,14 +117,12 @@ class Trainer:
             UserError: If the loss is not finite or a checkpoint cannot be written; the last good
                 checkpoint is untouched.
         """
-        self.run.save()
-        save_provenance(self.run.folder, self.data.provenance)
-        logger = RunLogger(self.run.folder, after=self.step, tensorboard=self.run.run.tensorboard)
+        logger = self._open_folder()
         evaluation = None
         saved_step = self.step
         with StopRequest() as stop:
             try:
-                while not self.done and stop.name is None:
+                while not self.done and not self._anyone(stop.name is not None):
                     result = self._advance()
                     display.advance(self.step, result.loss)
                     evaluation = self._log(result, logger, display)
@@ -118,10 +130,13 @@ class Trainer:
                         self.save()
                         saved_step = self.step
             finally:
-                logger.close()
+                if logger is not None:
+                    logger.close()
             if saved_step != self.step:
                 self.save()
-        return Outcome(self.step, None if self.done else stop.name, evaluation)
+            self.checkpoints.wait()
+        stopped_by = None if self.done else stop.name or "a signal to another rank"
+        return Outcome(self.step, stopped_by, evaluation)
 
     def save(self) -> Checkpoint:
         """Write a checkpoint of the present step.
@@ -130,13 +145,20 @@ class Trainer:
             UserError: If it cannot be written, or a weight is not finite: a gradient that was can
                 lead there, and such a checkpoint would push out those that can be continued.
         """
-        check_finite(self.model, self.step)
+        with self.ranks.together():
+            check_finite(self.model, self.step)
         state = {
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds,
             "scaler": self.stepper.scaler.state_dict(),
         }
-        return self.checkpoints.save(self.step, self.model, self.stepper.optimizer, state)
+        return self.checkpoints.save(
+            self.step,
+            self.model,
+            self.stepper.optimizer,
+            state,
+            asynchronous=self.run.train.async_save,
+        )
 
     def _advance(self) -> StepResult:
         step = self.step + 1
@@ -153,18 +175,38 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.done or (every > 0 and self.step % every == 0)
 
-    def _log(self, result: StepResult, logger: RunLogger, display: Display) -> Evaluation | None:
+    @property
+    def _everyone(self) -> Group | None:
+        return None if self.mesh is None else self.mesh.everyone
+
+    def _anyone(self, flag: bool) -> bool:
+        return flag if self.mesh is None else anyone(flag, self.mesh)
+
+    def _open_folder(self) -> RunLogger | None:
+        """Write what the run is; the first rank does, for all."""
+        with self.ranks.together():
+            if not self.ranks.first:
+                return None
+            self.run.save()
+            save_provenance(self.run.folder, self.data.provenance)
+            tensorboard = self.run.run.tensorboard
+            return RunLogger(self.run.folder, after=self.step, tensorboard=tensorboard)
+
+    def _log(
+        self, result: StepResult, logger: RunLogger | None, display: Display
+    ) -> Evaluation | None:
         """Write the step's line if it is due, with an evaluation if that is due."""
         evaluate = self.evaluator is not None and self._due(self.run.eval.every)
         if not (evaluate or self.step == 1 or self._due(self.run.train.log_every)):
             return None
         # The layers' counters are read before the evaluation, which counts too.
-        summaries = routing_summaries(self.model)
+        summaries = routing_summaries(self.model, self.mesh, self.ranks)
         metrics: dict[str, Any] = {"step": self.step, "loss": result.loss}
         evaluation = None
         if evaluate and self.evaluator is not None:
-            check_finite(self.model, self.step)
-            evaluation = self.evaluator(self.model)
+            with self.ranks.together():
+                check_finite(self.model, self.step)
+            evaluation = self.evaluator(self.passes)
             metrics["val_loss"] = evaluation.loss
             if evaluation.bits_per_byte is not None:
                 metrics["val_bits_per_byte"] = evaluation.bits_per_byte
@@ -174,31 +216,17 @@ class Trainer:
             metrics["grad_norm"] = result.grad_norm
         metrics |= {
             "tokens_per_second": self.clock.tokens_per_second(),
-            "memory_mib": memory_mib(self.device),
+            "memory_mib": largest(memory_mib(self.device), self.ranks),
             **overall(summaries),
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds,
         }
         if self.stepper.scaler.is_enabled():
             metrics["loss_scale"] = self.stepper.scaler.get_scale()
-        logger.log(metrics, layer_entries(summaries))
+        if logger is not None:
+            logger.log(metrics, layer_entries(summaries))
         display.log(metrics)
         return evaluation
-
-    def _make_stepper(self) -> Stepper:
-        run = self.run
-        if run.train.checkpoint_activations:
-            self.model.checkpoint_blocks()
-        return Stepper(
-            self.model,
-            build_optimizer(self.model, run.optim),
-            precision=self.precision,
-            device=self.device,
-            seed=run.run.seed,
-            sequences=run.train.sequences,
-            clip=run.optim.clip,
-            forward=compile_model(self.model, self.device) if run.train.compile else None,
-        )
 
     def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         if self.run.run.resume == "none" and self.checkpoints.complete():
@@ -218,24 +246,15 @@ class Trainer:
         self.step = checkpoint.step
 
 
-def build_model(run: RunFile, device: torch.device) -> DecoderLM:
-    """The run's model with its initial values, which depend on its seed only."""
-    with device:
-        return DecoderLM(run.model, seed=run.run.seed)
-
-
-def make_evaluator(run: RunFile, data: DataBundle, device: torch.device) -> Evaluator | None:
+def make_evaluator(run: RunFile, data: DataBundle) -> Evaluator | None:
     """The run's evaluation; None without a held-out split."""
     if data.val is None:
         return None
     return Evaluator(
         dataset=data.val,
         batch=run.train.batch,
-        sequences=run.train.sequences,
         batches=run.eval.batches,
         tokenizer=data.tokenizer,
-        precision=Precision(run.train.precision),
-        device=device,
     )
 
 
@@ -253,3 +272,19 @@ def check_data_fits(run: RunFile, data: DataBundle) -> None:
             f"data.seq_len must be at most model.max_seq_len={longest}, got {seq_len}; "
             f"set data.seq_len = {longest} or model.max_seq_len = {seq_len}"
         )
+
+
+def _flat(run: RunFile) -> dict[str, object]:
+    """Every field of a run file by its name, and what computes it."""
+    tables: dict[str, Any] = asdict(run)
+    facts: dict[str, object] = {
+        f"{section}.{key}": value
+        for section, values in tables.items()
+        for key, value in values.items()
+    }
+    return facts | {"expertmesh": __version__, "torch": torch.__version__}
+
+
+def _identity(data: DataBundle) -> object:
+    provenance = data.provenance
+    return provenance["tokenizer_identity"], [r["sha256"] for r in provenance["sources"]]

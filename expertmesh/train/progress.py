@@ -2,13 +2,17 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from expertmesh.layer import moe_layers
 from expertmesh.metrics import RoutingSummary, summarize
+
+if TYPE_CHECKING:
+    from expertmesh.parallel.agreement import Agreement
+    from expertmesh.parallel.mesh import Mesh
 
 
 def memory_mib(device: torch.device) -> float:
@@ -53,9 +57,23 @@ class Clock:
         return (self.tokens - tokens) / max(self.seconds - seconds, 1e-9)
 
 
-def routing_summaries(model: nn.Module) -> dict[str, RoutingSummary]:
-    """What each MoE layer counted since the last call, by the layer's name."""
-    return {name: summarize(moe.metrics(reset=True)) for name, moe in moe_layers(model).items()}
+def routing_summaries(
+    model: nn.Module, mesh: "Mesh | None" = None, ranks: "Agreement | None" = None
+) -> dict[str, RoutingSummary]:
+    """What each MoE layer counted since the last call, by the layer's name.
+
+    Args:
+        model: What this rank has of it.
+        mesh: What it was laid out over; then every rank has the sums over all ranks.
+        ranks: All ranks of the mesh.
+    """
+    if mesh is None or ranks is None:
+        counters = {name: moe.metrics(reset=True) for name, moe in moe_layers(model).items()}
+    else:
+        from expertmesh.parallel.reports import read_metrics
+
+        counters = read_metrics(model, mesh, ranks)
+    return {name: summarize(metrics) for name, metrics in counters.items()}
 
 
 def forget_routing(model: nn.Module) -> None:

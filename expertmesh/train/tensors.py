@@ -1,12 +1,13 @@
 """A model and its optimizer as named tensors, and back, with every difference named."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expertmesh.errors import UserError
+from expertmesh.parallel.checkpoint import Entry
 
 # A list of names in a message stops here; the rest is counted.
 _MOST_NAMES = 6
@@ -14,36 +15,40 @@ _MOST_NAMES = 6
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; a tied tensor under its first name only."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
+    return {name: tensor.detach() for tensor, name in _names(model).items()}
 
 
-def load_model_tensors(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
-    """Copy saved tensors into a model, all of them or none.
+def check_model(
+    own: Mapping[str, Tensor],
+    saved: Mapping[str, Entry],
+    source: str,
+    *,
+    elsewhere: Collection[str] = (),
+) -> None:
+    """Compare what a model holds with what was saved.
 
     Args:
-        model: Receives the values, in place.
-        saved: As ``model_tensors`` gave them.
-        source: Where they came from, for the message.
+        own: As ``model_tensors`` gives them, on this rank.
+        saved: What there is on disk.
+        source: Where that is, for the message.
+        elsewhere: Names that other ranks hold.
 
     Raises:
         UserError: Naming tensors that are missing, unexpected, or of another shape or dtype.
     """
-    own = model_tensors(model)
-    _check_same(own, saved, source, "was saved from another model")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+    faults = _faults(own, saved, elsewhere)
+    if other := [
+        f"{name} (expected {own[name].dtype}, got {saved[name].dtype})"
+        for name in own
+        if name in saved and own[name].dtype != saved[name].dtype
+    ]:
+        faults.append(f"of another dtype: {_listed(other)}")
+    _raise_if(faults, f"{source} was saved from another model")
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``"parameter/state"``, for example ``"head.weight/exp_avg"``."""
-    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    names = _names(model)
     return {
         f"{names[param]}/{key}": value
         for param, state in optimizer.state.items()
@@ -51,70 +56,114 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(
+def empty_optimizer_tensors(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, Tensor],
+    saved: Mapping[str, Entry],
     source: str,
-) -> None:
-    """Give an optimizer the state that ``optimizer_tensors`` took from its like.
+    *,
+    elsewhere: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Tensors to load an optimizer's state into, cut over ranks as its parameters are.
 
     Args:
         model: Names the parameters.
-        optimizer: Receives the state, on its parameters' devices.
-        saved: As ``optimizer_tensors`` gave it; the optimizer takes the tensors, uncopied.
-        source: Where it came from, for the message.
+        optimizer: Over the model's parameters, or some of them.
+        saved: What there is on disk, named as by ``optimizer_tensors``.
+        source: Where that is, for the message.
+        elsewhere: Names of the parameters of the optimizers of other ranks.
+
+    Returns:
+        Uninitialised tensors by name: what has a parameter's shape is placed as the parameter is,
+        scalars are plain.
 
     Raises:
         UserError: Naming parameters without saved state, and saved state without a parameter.
     """
+    params = optimized(model, optimizer)
+    states: dict[str, list[str]] = {}
+    for entry in saved:
+        name, _, key = entry.rpartition("/")
+        states.setdefault(name, []).append(key)
+    # A parameter stands for its state: the first of its shape, or a scalar where it has no such.
+    shaped = {
+        name: max((saved[f"{name}/{key}"] for key in keys), key=lambda entry: len(entry.shape))
+        for name, keys in states.items()
+    }
+    faults = _faults(params, shaped, elsewhere)
+    _raise_if(faults, f"{source} holds the optimizer state of another model")
+    return {
+        f"{name}/{key}": _empty(param, saved[f"{name}/{key}"])
+        for name, param in params.items()
+        for key in states[name]
+    }
+
+
+def set_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer the state that ``optimizer_tensors`` would take from it.
+
+    Args:
+        model: Names the parameters.
+        optimizer: Takes the tensors, uncopied where they are on its parameters' devices.
+        tensors: The state of every one of its parameters.
+    """
     state: dict[str, dict[str, Tensor]] = {}
-    for entry, tensor in saved.items():
+    for entry, tensor in tensors.items():
         name, _, key = entry.rpartition("/")
         state.setdefault(name, {})[key] = tensor
-    names = {param: name for name, param in model.named_parameters()}
-    own = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
-    moments = {name: entries.get("exp_avg", torch.empty(0)) for name, entries in state.items()}
-    _check_same(own, moments, source, "holds the optimizer state of another model", dtypes=False)
-
     whole: dict[str, Any] = optimizer.state_dict()
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    whole["state"] = {index: state[names[param]] for index, param in enumerate(order)}
+    whole["state"] = {index: state[name] for index, name in enumerate(optimized(model, optimizer))}
     optimizer.load_state_dict(whole)
 
 
-def _check_same(
-    own: Mapping[str, Tensor],
-    saved: Mapping[str, Tensor],
-    source: str,
-    summary: str,
-    *,
-    dtypes: bool = True,
-) -> None:
-    """Raise unless both hold the same names with the same shapes and, if asked, dtypes."""
+def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's parameters by name, in its order."""
+    names = _names(model)
+    return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    """First names of parameters and persistent buffers.
+
+    Not ``named_parameters``: asking for the state is what makes FSDP2 put its shards back, which
+    are the parameters that an optimizer knows.
+    """
+    names: dict[Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(tensor, name)
+    return names
+
+
+def _empty(param: Tensor, entry: Entry) -> Tensor:
+    if entry.shape == tuple(param.shape):
+        return torch.empty_like(param, dtype=entry.dtype, requires_grad=False)
+    return torch.empty(entry.shape, dtype=entry.dtype)
+
+
+def _faults(
+    own: Mapping[str, Tensor], saved: Mapping[str, Entry], elsewhere: Collection[str]
+) -> list[str]:
+    """How names and shapes differ, a line for each kind."""
     faults = []
     if missing := [name for name in own if name not in saved]:
         faults.append(f"missing: {_listed(missing)}")
-    if unexpected := [name for name in saved if name not in own]:
+    if unexpected := [name for name in saved if name not in own and name not in elsewhere]:
         faults.append(f"unexpected: {_listed(unexpected)}")
-    both = [name for name in own if name in saved]
     if misshapen := [
-        f"{name} (expected {_shape(own[name])}, got {_shape(saved[name])})"
-        for name in both
-        if own[name].shape != saved[name].shape
+        f"{name} (expected {tuple(own[name].shape)}, got {saved[name].shape})"
+        for name in own
+        if name in saved and tuple(own[name].shape) != saved[name].shape
     ]:
         faults.append(f"misshapen: {_listed(misshapen)}")
-    if dtypes and (
-        other := [
-            f"{name} (expected {own[name].dtype}, got {saved[name].dtype})"
-            for name in both
-            if own[name].dtype != saved[name].dtype
-        ]
-    ):
-        faults.append(f"of another dtype: {_listed(other)}")
+    return faults
+
+
+def _raise_if(faults: list[str], summary: str) -> None:
     if faults:
         raise UserError(
-            f"{source} {summary}; " + "; ".join(faults) + "; set [model] as it was for that run, "
+            f"{summary}; " + "; ".join(faults) + "; set [model] as it was for that run, "
             "or run.dir to a new folder"
         )
 
@@ -122,7 +171,3 @@ def _check_same(
 def _listed(names: list[str]) -> str:
     rest = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

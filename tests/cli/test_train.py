@@ -53,7 +53,7 @@ def test_a_run_from_start_to_end_and_again(
         ("--model.router_options.capacity=1.25", "capacity must be a table of factor"),
         ("--run.dir=/dev/null/run", "error: /dev/null/run"),
         ("--data.source=/dev/null", "error: /dev/null holds no file"),
-        ("--mesh.ep=2", "error: every axis of the mesh must be 1 in one process, got mesh.ep = 2"),
+        ("--mesh.ep=2", "set ep = 1, or start a multiple of 2 ranks; one process was started"),
         ("--data.source=/nowhere/x.txt", "/nowhere/x.txt"),
         ("--run.device=gpu", "error: run.device"),
         ("--optim.lr=1e30", "set a lower optim.lr"),

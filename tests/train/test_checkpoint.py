@@ -1,14 +1,17 @@
+import hashlib
 import json
 import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from expertmesh.errors import UserError
 from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
+from expertmesh.train.tensors import model_tensors, optimizer_tensors
 
 
 def trained(width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -110,7 +113,7 @@ def test_disk_full_at_the_last_file_is_the_same(
         raise OSError(28, "No space left on device")
 
     folder = CheckpointFolder(tmp_path)
-    monkeypatch.setattr("expertmesh.train.checkpoint._write_json", no_space)
+    monkeypatch.setattr("expertmesh.train.saving.write_json", no_space)
     with pytest.raises(UserError, match="No space left on device; there is no earlier one"):
         folder.save(1, *trained(), {})
     assert list(tmp_path.iterdir()) == []
@@ -130,3 +133,62 @@ def test_files_are_tensors_and_json_only(tmp_path: Path) -> None:
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == names - {
         "manifest.json"
     }
+
+
+def test_a_save_in_a_thread_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    model, optimizer = trained()
+    weight = model.weight.detach().clone()  # type: ignore[operator]  # Linear's weight
+    checkpoint = folder.save(1, model, optimizer, {}, asynchronous=True)
+    nn.init.zeros_(model.weight)  # type: ignore[arg-type]  # Linear's weight
+    folder.wait()
+    folder.wait()
+    checkpoint.verify()
+    checkpoint.load_model(model)
+    assert torch.equal(model.weight, weight)  # type: ignore[arg-type]  # Linear's weight
+
+
+def test_a_save_in_a_thread_that_fails_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = CheckpointFolder(tmp_path)
+    monkeypatch.setattr("expertmesh.train.saving.write_json", no_space)
+    folder.save(1, *trained(), {}, asynchronous=True)
+    with pytest.raises(UserError, match="could not save the checkpoint of step 1"):
+        folder.save(2, *trained(), {})
+    monkeypatch.undo()
+    folder.save(2, *trained(), {})
+    assert [checkpoint.step for checkpoint in folder.complete()] == [2]
+
+
+def test_damaged_newer_ones_do_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    (folder.save(9, *trained(), {}).path / "state.json").unlink()
+    folder.save(7, *trained(), {})
+    newest, refused = folder.newest_valid()
+    assert newest is not None
+    assert newest.step == 7
+    assert "step_00000009/state.json is missing" in refused[0]
+
+
+def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = tmp_path / "step_00000004"
+    folder.mkdir()
+    save_file(model_tensors(model), folder / "model.safetensors")
+    save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text('{"step": 4}')
+    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"files": hashes}))
+    other, other_optimizer = trained()
+    newest, _ = CheckpointFolder(tmp_path).newest_valid()
+    assert newest is not None
+    newest.load_model(other)
+    newest.load_optimizer(other, other_optimizer)
+    found = {**model_tensors(other), **optimizer_tensors(other, other_optimizer)}
+    for name, tensor in {**model_tensors(model), **optimizer_tensors(model, optimizer)}.items():
+        assert torch.equal(found[name], tensor), name

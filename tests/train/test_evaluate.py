@@ -12,8 +12,8 @@ from expertmesh.errors import UserError
 from expertmesh.layer import moe_layers
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.train.evaluate import Evaluation, Evaluator, ExpertTokens
+from expertmesh.train.passes import OneByOne, token_loss
 from expertmesh.train.precision import Precision
-from expertmesh.train.step import token_loss
 from tests.train.tiny import MODEL
 
 CPU = torch.device("cpu")
@@ -39,14 +39,16 @@ class Rows(Dataset):
 
 
 def make_evaluator(num_samples: int = 6, **options: int | None) -> Evaluator:
-    values: dict[str, int | None] = {"batch": 4, "sequences": 2, "batches": None, **options}
+    values: dict[str, int | None] = {"batch": 4, "batches": None, **options}
     return Evaluator(
         dataset=Rows(num_samples),
         tokenizer=ByteTokenizer(),
-        precision=Precision("fp32"),
-        device=CPU,
         **values,  # type: ignore[arg-type]  # from a dict
     )
+
+
+def over(model: DecoderLM, sequences: int = 2) -> OneByOne:
+    return OneByOne(model, precision=Precision("fp32"), device=CPU, sequences=sequences)
 
 
 def make_model(**overrides: object) -> DecoderLM:
@@ -55,8 +57,8 @@ def make_model(**overrides: object) -> DecoderLM:
 
 def test_loss_is_the_mean_over_targets_whatever_the_batch() -> None:
     model = make_model().train()
-    one = make_evaluator()(model)
-    two = make_evaluator(batch=3, sequences=3)(model)
+    one = make_evaluator()(over(model))
+    two = make_evaluator(batch=3)(over(model, 3))
     assert model.training
     assert one.num_targets == sum(range(2, 8))
     assert one.loss == pytest.approx(two.loss, rel=1e-6)
@@ -85,25 +87,25 @@ def test_only_bytes_count_as_bytes() -> None:
     evaluator = make_evaluator()
     rows = [evaluator.dataset[i].targets_S for i in range(6)]
     expected = sum(int(((row >= 0) & (row < 256)).sum()) for row in rows)
-    assert evaluator(make_model()).num_bytes == expected
+    assert evaluator(over(make_model())).num_bytes == expected
 
 
 def test_bounded_batches_are_spread_over_the_split() -> None:
     # Samples 0, 1, 3 and 4 of 6.
-    assert make_evaluator(batches=1)(make_model()).num_targets == 2 + 3 + 5 + 6
-    assert make_evaluator(batches=99)(make_model()).num_targets == sum(range(2, 8))
+    assert make_evaluator(batches=1)(over(make_model())).num_targets == 2 + 3 + 5 + 6
+    assert make_evaluator(batches=99)(over(make_model())).num_targets == sum(range(2, 8))
 
 
 def test_nothing_to_predict_is_an_error() -> None:
     with pytest.raises(UserError, match="no token to predict"):
-        make_evaluator(0)(make_model())
+        make_evaluator(0)(over(make_model()))
 
 
 def test_expert_tokens_count_every_choice_and_rank_by_divergence() -> None:
     model = make_model()
     evaluator = make_evaluator()
     with ExpertTokens(model, 258) as counts:
-        evaluation = evaluator(model)
+        evaluation = evaluator(over(model))
     (name,) = moe_layers(model)
     count_EV = counts.count_EV[name]
     assert int(count_EV.sum()) == evaluation.num_targets * MODEL["experts_per_token"]
@@ -125,14 +127,14 @@ def test_expert_tokens_count_every_choice_and_rank_by_divergence() -> None:
 def test_hooks_are_gone_afterwards() -> None:
     model = make_model()
     with ExpertTokens(model, 258) as counts:
-        make_evaluator()(model)
+        make_evaluator()(over(model))
     before = {name: count.clone() for name, count in counts.count_EV.items()}
-    make_evaluator()(model)
+    make_evaluator()(over(model))
     assert all(torch.equal(counts.count_EV[name], count) for name, count in before.items())
 
 
 def test_dense_models_have_an_empty_table(tmp_path: Path) -> None:
     model = make_model(num_experts=0, experts_per_token=0, expert_hidden=0, moe_every=1)
     with ExpertTokens(model, 258) as counts:
-        make_evaluator()(model)
+        make_evaluator()(over(model))
     assert counts.table(ByteTokenizer()) == {"layers": {}}

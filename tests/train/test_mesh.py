@@ -1,27 +1,44 @@
 import pytest
+import torch
 
 from expertmesh.errors import UserError
-from expertmesh.train.mesh import MeshConfig, check_single_process
+from expertmesh.train.mesh import MeshConfig
+
+CPU = torch.device("cpu")
 
 
-def test_one_process_takes_the_default_and_explicit_ones() -> None:
-    check_single_process(MeshConfig(), {})
-    check_single_process(MeshConfig(dp=1, ep=1), {"WORLD_SIZE": "1"})
+def test_one_process_has_no_mesh() -> None:
+    assert MeshConfig().build(1, 8, CPU) is None
+    assert MeshConfig(dp=1, ep=1).build(1, 8, CPU) is None
 
 
-def test_other_degrees_are_named_with_what_to_set() -> None:
-    with pytest.raises(
-        UserError, match=r"got mesh.dp = 2, mesh.ep = 4; set mesh.dp = 1, mesh.ep = 1"
-    ):
-        check_single_process(MeshConfig(dp=2, ep=4), {})
+def test_degrees_beyond_one_process_are_named_with_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"ep=4.*one process was started: use torchrun"):
+        MeshConfig(ep=4).build(1, 8, CPU)
 
 
-def test_a_launcher_is_refused() -> None:
-    with pytest.raises(UserError, match="WORLD_SIZE=4: the trainer runs in one process"):
-        check_single_process(MeshConfig(), {"WORLD_SIZE": "4"})
-
-
-@pytest.mark.parametrize(("axis", "value"), [("tp", 0), ("tp", -1), ("dp", 0), ("dp", -2)])
+@pytest.mark.parametrize(
+    ("axis", "value"), [("tp", 0), ("tp", -1), ("dp", 0), ("dp", -2), ("edp", 0), ("stages", 0)]
+)
 def test_degrees_below_one_are_refused(axis: str, value: int) -> None:
     with pytest.raises(UserError, match=rf"mesh.{axis} must be at least 1.*got {value}"):
         MeshConfig(**{axis: value})
+
+
+@pytest.mark.parametrize("field", ["zero", "expert_zero"])
+def test_unknown_stages_are_refused(field: str) -> None:
+    with pytest.raises(UserError, match=rf"mesh.{field} must be 0, 1, 2 or 3, got 4"):
+        MeshConfig(**{field: 4})
+
+
+def test_a_strategy_is_a_choice_of_degrees() -> None:
+    resolved = MeshConfig(strategy="ep_zero", tp=1).resolve(8, 16)
+    assert resolved == MeshConfig(ep=4, placement="outside", zero=1, expert_zero=1)
+    assert MeshConfig(strategy="ep").resolve(8, 4).ep == 4
+    hybrid = MeshConfig(strategy="hybrid").resolve(8, 16)
+    assert (hybrid.pp, hybrid.ep, hybrid.zero) == (2, 4, 1)
+
+
+def test_a_strategy_beside_its_own_degrees_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mesh.strategy='ep' sets mesh.ep, mesh.zero itself"):
+        MeshConfig(strategy="ep", ep=2, zero=3)

@@ -10,7 +10,9 @@ from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
 from expertmesh.train.precision import Precision, PrecisionName
-from expertmesh.train.step import Stepper, micro_batches, token_loss
+from expertmesh.train.micro_batch import micro_batches
+from expertmesh.train.passes import OneByOne, token_loss
+from expertmesh.train.step import Stepper
 from tests.train.tiny import MODEL
 
 CPU = torch.device("cpu")
@@ -37,15 +39,8 @@ def make_stepper(
     **model: Any,
 ) -> Stepper:
     decoder = DecoderLM(DecoderConfig(**{**MODEL, **model}), seed=5).to(dtype)
-    return Stepper(
-        decoder,
-        build_optimizer(decoder, OptimConfig(lr=lr)),
-        precision=Precision(precision),
-        device=CPU,
-        seed=1,
-        sequences=sequences,
-        clip=clip,
-    )
+    passes = OneByOne(decoder, precision=Precision(precision), device=CPU, sequences=sequences)
+    return Stepper(passes, build_optimizer(decoder, OptimConfig(lr=lr)), seed=1, clip=clip)
 
 
 def gradients(stepper: Stepper, batch: Batch) -> dict[str, Tensor]:

@@ -1,14 +1,18 @@
+from collections.abc import Mapping
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expertmesh.errors import UserError
+from expertmesh.parallel.checkpoint import Entry
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
 from expertmesh.train.tensors import (
-    load_model_tensors,
-    load_optimizer_tensors,
+    check_model,
+    empty_optimizer_tensors,
     model_tensors,
     optimizer_tensors,
+    set_optimizer_tensors,
 )
 
 
@@ -22,12 +26,24 @@ def trained(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def entries(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    return {name: Entry(t.dtype, tuple(t.shape), ()) for name, t in tensors.items()}
+
+
+def copy(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    assert set(saved) == set(into)
+    for name, tensor in saved.items():
+        into[name].copy_(tensor)
+
+
 def test_model_and_optimizer_come_back_and_go_on_alike() -> None:
     one, one_optimizer = trained(0)
     two, two_optimizer = trained(1)
-    load_model_tensors(two, model_tensors(one), "saved")
-    saved = {key: state.clone() for key, state in optimizer_tensors(one, one_optimizer).items()}
-    load_optimizer_tensors(two, two_optimizer, saved, "saved")
+    copy(model_tensors(one), model_tensors(two))
+    saved = optimizer_tensors(one, one_optimizer)
+    empty = empty_optimizer_tensors(two, two_optimizer, entries(saved), "saved")
+    copy(saved, empty)
+    set_optimizer_tensors(two, two_optimizer, empty)
     x = torch.randn(5, 3)
     for model, optimizer in ((one, one_optimizer), (two, two_optimizer)):
         optimizer.zero_grad()
@@ -43,36 +59,40 @@ def test_a_tied_tensor_is_saved_once() -> None:
     assert list(model_tensors(model)) == ["a.weight", "a.bias", "b.bias"]
 
 
-def test_every_difference_is_named_and_nothing_is_loaded() -> None:
-    model, _ = trained(0)
-    before = {name: tensor.clone() for name, tensor in model_tensors(model).items()}
-    saved = {name: tensor + 1 for name, tensor in before.items()}
+def test_every_difference_is_named() -> None:
+    own = model_tensors(trained(0)[0])
+    saved = entries(own)
+    check_model(own, saved, "runs/x")
     del saved["0.weight"]
-    saved["extra"] = torch.zeros(1)
-    saved["2.weight"] = torch.zeros(3, 4)
-    saved["0.bias"] = saved["0.bias"].double()
+    saved["extra"] = saved["elsewhere"] = Entry(torch.float32, (1,), ())
+    saved["2.weight"] = Entry(torch.float32, (3, 4), ())
+    saved["0.bias"] = Entry(torch.float64, (4,), ())
     with pytest.raises(UserError) as error:
-        load_model_tensors(model, saved, "runs/x")
-    for part in (
-        "runs/x was saved from another model",
-        "missing: 0.weight",
-        "unexpected: extra",
-        "misshapen: 2.weight (expected (2, 4), got (3, 4))",
-        "of another dtype: 0.bias (expected torch.float32, got torch.float64)",
-    ):
-        assert part in str(error.value)
-    for name, tensor in model_tensors(model).items():
-        assert torch.equal(tensor, before[name])
+        check_model(own, saved, "runs/x", elsewhere=["elsewhere"])
+    assert str(error.value) == (
+        "runs/x was saved from another model; missing: 0.weight; unexpected: extra; misshapen: "
+        "2.weight (expected (2, 4), got (3, 4)); of another dtype: 0.bias (expected "
+        "torch.float32, got torch.float64); set [model] as it was for that run, or run.dir to a "
+        "new folder"
+    )
 
 
 def test_long_lists_are_cut_and_counted() -> None:
+    own = model_tensors(nn.ModuleList(nn.Linear(1, 1) for _ in range(5)))
     with pytest.raises(UserError, match=r"missing: .* and 4 more"):
-        load_model_tensors(nn.ModuleList(nn.Linear(1, 1) for _ in range(5)), {}, "x")
+        check_model(own, {}, "x")
 
 
 def test_optimizer_state_of_another_model_is_named() -> None:
     model, optimizer = trained(0)
-    saved = optimizer_tensors(model, optimizer)
-    without = {name: tensor for name, tensor in saved.items() if not name.startswith("0.bias")}
+    saved = entries(optimizer_tensors(model, optimizer))
+    without = {name: entry for name, entry in saved.items() if not name.startswith("0.bias")}
     with pytest.raises(UserError, match=r"optimizer state of another model; missing: 0.bias"):
-        load_optimizer_tensors(model, optimizer, without, "x")
+        empty_optimizer_tensors(model, optimizer, without, "x")
+    other = saved | {"0.bias/exp_avg": Entry(torch.float32, (5,), ())}
+    with pytest.raises(UserError, match=r"misshapen: 0.bias \(expected \(4,\), got \(5,\)\)"):
+        empty_optimizer_tensors(model, optimizer, other, "x")
+    more = saved | {"0.gone/exp_avg": Entry(torch.float32, (5,), ())}
+    with pytest.raises(UserError, match=r"unexpected: 0.gone"):
+        empty_optimizer_tensors(model, optimizer, more, "x")
+    assert empty_optimizer_tensors(model, optimizer, more, "x", elsewhere=["0.gone"])

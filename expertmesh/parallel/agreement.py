@@ -1,0 +1,126 @@
+"""Ranks that do something together: it is done on all of them, or fails alike on all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from expertmesh.dispatch.collectives import Group
+from expertmesh.errors import UserError
+
+T = TypeVar("T")
+
+# A message about many ranks stops here; the rest is counted.
+_MOST_REPORTS = 4
+
+
+class _Report(NamedTuple):
+    text: str
+    by_user: bool
+
+
+class Agreement:
+    """Some ranks that must agree, seen from one of them.
+
+    They talk over a gloo group of their own, made when first needed, so that a thread may use it
+    while the training uses the others. Its methods are called by all ranks in the same order.
+
+    Args:
+        group: The ranks; None is this process alone, which agrees with itself.
+    """
+
+    def __init__(self, group: Group | None = None) -> None:
+        self._group = Group.alone() if group is None else group
+        self._gloo: dist.ProcessGroup | None = None
+
+    @property
+    def index(self) -> int:
+        """This rank's place among them."""
+        return self._group.index
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._group.size
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank does what one rank must do for all."""
+        return self._group.index == 0
+
+    def gather(self, value: T) -> list[T]:
+        """What ``value`` is on every rank, by place.
+
+        Raises:
+            RuntimeError: If another rank is gone.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        try:
+            if self._gloo is None:
+                self._gloo = dist.new_group(
+                    list(self._group.ranks), backend="gloo", use_local_synchronization=True
+                )
+            dist.all_gather_object(values, value, group=self._gloo)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the ranks of a checkpoint lost each other ({error}); one of them has ended"
+            ) from error
+        return values  # type: ignore[return-value]  # every place was filled
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank; raise on all of them if it raised on one.
+
+        The block must not wait for other ranks: one that failed never comes.
+
+        Raises:
+            UserError: The same on every rank, naming those that failed, if each failure was a
+                user's mistake, a file that cannot be used, or the system's refusal.
+            RuntimeError: On ranks that did not fail, if another failed in any other way; that one
+                raises its own error.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        reports = self.gather(None if own is None else _report(own))
+        failed = {
+            rank: report
+            for rank, report in zip(self._group.ranks, reports, strict=True)
+            if report is not None
+        }
+        if not failed:
+            return
+        if all(report.by_user for report in failed.values()):
+            raise UserError(self._joined(failed)) from own
+        if own is not None:
+            raise own
+        raise RuntimeError(self._joined(failed))
+
+    def _joined(self, failed: dict[int, _Report]) -> str:
+        ranks_of: dict[str, list[int]] = {}
+        for rank, report in failed.items():
+            ranks_of.setdefault(report.text, []).append(rank)
+        if len(failed) == self.size and len(ranks_of) == 1:
+            return next(iter(ranks_of))
+        lines = [f"{_named(ranks)}: {text}" for text, ranks in ranks_of.items()]
+        rest = len(lines) - _MOST_REPORTS
+        return "; ".join(lines[:_MOST_REPORTS]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _report(error: Exception) -> _Report:
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _Report(where + error.strerror, True)
+    if isinstance(error, UserError | OSError | SafetensorError):
+        return _Report(str(error), True)
+    return _Report(f"{type(error).__name__}: {error}", False)
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -1,0 +1,311 @@
+"""What one optimizer step costs a rank, by arithmetic: bytes in memory, bytes sent.
+
+The formulas stand in the docstrings of ``memory`` and ``traffic``. They take experts to be equally
+loaded, with the tokens' choices spread over all of them, and drop nothing.
+"""
+
+from dataclasses import dataclass
+from math import comb
+
+from expertmesh.models.config import DecoderConfig
+from expertmesh.parallel.fake import FakeRank, Stored
+
+_ID = 4  # bytes of an expert's id on its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One rank's part of an optimizer step.
+
+    Attributes:
+        config: The model's shape.
+        degrees: Of every axis of the mesh.
+        per_rank: Pipeline stages of the rank.
+        zero: ZeRO stage of all but the experts.
+        expert_zero: That of the experts.
+        rows: Sequences of one micro-batch that the rank computes.
+        seq_len: S, their whole length.
+        num_micro_batches: M of the step.
+        wide: Bytes of a number between blocks, in norms and routers.
+        narrow: Bytes of a number in matrix products: those of ``wide``, or 2 under autocast.
+        recompute: Whether blocks are recomputed in backward.
+    """
+
+    config: DecoderConfig
+    degrees: dict[str, int]
+    per_rank: int = 1
+    zero: int = 2
+    expert_zero: int = 2
+    rows: int
+    seq_len: int
+    num_micro_batches: int = 1
+    wide: int = 4
+    narrow: int = 4
+    recompute: bool = False
+
+    @property
+    def slice_len(self) -> int:
+        """Positions of a sequence that the rank's attention computes: ``ceil(S / cp)``."""
+        return -(-self.seq_len // self.degrees["cp"])
+
+    @property
+    def num_tokens(self) -> int:
+        """T of a micro-batch, outside attention: ``rows * ceil(slice / tp)``."""
+        return self.rows * -(-self.slice_len // self.degrees["tp"])
+
+    @property
+    def expert_ranks(self) -> int:
+        """P, the ranks among which tokens are exchanged."""
+        return self.degrees["ep"] * self.degrees["etp"]
+
+    @property
+    def rows_per_token(self) -> float:
+        """Ranks that a token goes to, the mean over all choices of K of the E experts.
+
+        ``etp * ep * (1 - C(E - E/ep, K) / C(E, K))``: a token goes once to each rank that holds
+        one of its experts, and to every slice of them.
+        """
+        num_experts, k, ep = (
+            self.config.num_experts,
+            self.config.experts_per_token,
+            self.degrees["ep"],
+        )
+        missed = comb(num_experts - num_experts // ep, k) / comb(num_experts, k)
+        return self.degrees["etp"] * ep * (1.0 - missed)
+
+    def stage_of(self, parameter: Stored) -> int:
+        """The ZeRO stage that holds for a parameter."""
+        return self.expert_zero if parameter.expert else self.zero
+
+
+def memory(rank: FakeRank, work: Work) -> dict[str, int]:
+    """Bytes that a rank needs, at their largest, by purpose.
+
+    - ``parameters``: the rank's pieces. They are float32 and are the masters: autocast rounds
+      them for the products.
+    - ``gathered``: pieces of others beside its own. In ZeRO stages 1 and 2 all of them, in stage 3
+      those of the two largest blocks, one at work and one on its way.
+    - ``rounded``: under autocast, ``narrow / wide`` of the whole parameters for every micro-batch
+      in flight, or with recomputation of the largest block.
+    - ``gradients``: in stage 0 and 1 whole, in 2 and 3 the pieces and the largest block's whole.
+    - ``optimizer``: two moments of every piece.
+    - ``activations``: see ``activations``.
+    """
+    whole = dict.fromkeys(_units(rank), 0)
+    for parameter in rank.parameters:
+        whole[_block_of(parameter)] += parameter.gathered
+    held = sum(parameter.held for parameter in rank.parameters)
+    rounded = 0
+    if work.narrow < work.wide:
+        passes = 1 if work.recompute else in_flight(rank, work) / work.per_rank
+        each = max(whole.values()) if work.recompute else sum(whole.values())
+        rounded = int(passes * each * work.narrow / work.wide)
+    return {
+        "parameters": held,
+        "gathered": _gathered(rank, work),
+        "rounded": rounded,
+        "gradients": _gradients(rank, work),
+        "optimizer": 2 * held,
+        "activations": activations(rank, work),
+    }
+
+
+def in_flight(rank: FakeRank, work: Work) -> int:
+    """Forward passes of a stage of this rank that wait for their backward pass, at most.
+
+    ``min(M, pp - r)`` for pipeline rank r with 1F1B, and interleaved with v stages of each rank
+    ``min(v M, (v - 1) pp + 2 (pp - r - 1) + 1)``.
+    """
+    pp, place = work.degrees["pp"], rank.coordinates["pp"]
+    stages, num_micro_batches = work.per_rank, work.num_micro_batches
+    if stages == 1:
+        return min(num_micro_batches, pp - place)
+    return min(stages * num_micro_batches, (stages - 1) * pp + 2 * (pp - place - 1) + 1)
+
+
+def activations(rank: FakeRank, work: Work) -> int:
+    """Bytes that forward passes keep for backward, without scores of attention.
+
+    For a token, with w bytes of a wide and n of a narrow number:
+
+    - attention: ``D w`` (the norm's input); ``tp`` times the products' input ``D w``, or ``3 D n``
+      under autocast, which rounds it for each of three; ``n`` for each number of queries, keys,
+      values and output, the keys and values of all slices;
+    - dense MLP: ``2 D w + 4 F n``, under autocast ``D w + 2 D n + 4 F n``;
+    - MoE: ``2 D w + 2 E w`` (norm and router), ``r D n`` of dispatched rows, where a token has r
+      (``Work.rows_per_token``), ``2 K F n`` before the activation, ``36 r K`` of ids and places,
+      and a shared MLP as a dense one without its norm;
+    - after the last block: ``2 D w + V (w + n)``, for one micro-batch.
+
+    With recomputation blocks keep their input, ``D w``, and one of them the rest.
+    """
+    per_block = [_block(work, block) for block in rank.blocks]
+    passes = in_flight(rank, work) / work.per_rank
+    dim, wide = work.config.dim, work.wide
+    if work.recompute:
+        kept = passes * dim * wide * len(per_block) + max(per_block)
+    else:
+        kept = passes * sum(per_block)
+    if work.config.num_layers - 1 in rank.blocks:
+        kept += 2 * dim * wide + work.config.vocab_size * (wide + work.narrow)
+    return int(work.num_tokens * kept)
+
+
+def traffic(rank: FakeRank, work: Work) -> dict[str, int]:
+    """Bytes that leave a rank in one optimizer step, by collective.
+
+    A ring's bytes are counted for all-gather and reduce-scatter, ``(n - 1)`` pieces, and for
+    all-reduce, twice as many. M is the number of micro-batches; statistics of routing, which are
+    small, are left out.
+
+    - ``all-gather`` of parameters: once in a step in ZeRO stages 1 and 2, and ``2 M`` times in 3;
+      of attention's input over ``tp`` and of keys and values over ``cp``.
+    - ``reduce-scatter`` of gradients: once in stage 1, M times in 2 and 3; of attention's output
+      over ``tp``, and of gradients of what was gathered.
+    - ``all-reduce`` of gradients in stage 0; of the norm over all heads under ``tp``.
+    - ``all-to-all``, for every MoE block and micro-batch: ``(P - 1) / P`` of ``r T`` rows leave,
+      with ``D w + 8 K`` bytes, and as many return with ``D w``; their gradients have the same but
+      for 4 K bytes of ids.
+    - ``send``: activations to the next stage and gradients to the one before.
+
+    Recomputed blocks communicate in forward a second time.
+    """
+    sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"), 0.0)
+    for parameter in rank.parameters:
+        _add(sent, _synchronised(parameter, work))
+    forwards = 2 if work.recompute else 1
+    for block in rank.blocks:
+        _add(sent, _attention(work, forwards), work.num_micro_batches)
+        if work.config.is_moe(block):
+            sent["all-to-all"] += work.num_micro_batches * _exchanged(work, forwards)
+    sent["send"] += work.num_micro_batches * _between_stages(rank, work)
+    return {name: round(num_bytes) for name, num_bytes in sent.items()}
+
+
+def _gathered(rank: FakeRank, work: Work) -> int:
+    always, regathered = 0, dict.fromkeys(_units(rank), 0)
+    for parameter in rank.parameters:
+        others = parameter.gathered - parameter.held
+        if work.stage_of(parameter) == 3:
+            regathered[_block_of(parameter)] += others
+        else:
+            always += others
+    return always + sum(sorted(regathered.values())[-2:])
+
+
+def _gradients(rank: FakeRank, work: Work) -> int:
+    always, passing = 0, dict.fromkeys(_units(rank), 0)
+    for parameter in rank.parameters:
+        if work.stage_of(parameter) < 2 or parameter.ranks == 1:
+            always += parameter.gathered
+        else:
+            always += parameter.held
+            passing[_block_of(parameter)] += parameter.gathered
+    return always + max(passing.values())
+
+
+def _synchronised(parameter: Stored, work: Work) -> dict[str, float]:
+    """What the storage of one parameter sends in a step."""
+    stage, others = work.stage_of(parameter), parameter.ranks - 1
+    if stage == 0:
+        return {"all-reduce": 2 * others * parameter.held / parameter.ranks}
+    pieces = others * parameter.held
+    gathers = 2 * work.num_micro_batches if stage == 3 else 1
+    sums = 1 if stage == 1 else work.num_micro_batches
+    return {"all-gather": gathers * pieces, "reduce-scatter": sums * pieces}
+
+
+def _attention(work: Work, forwards: int) -> dict[str, float]:
+    """What one block's attention sends for one micro-batch."""
+    config, tp, cp = work.config, work.degrees["tp"], work.degrees["cp"]
+    own, whole = work.num_tokens, work.rows * work.slice_len
+    given = (tp - 1) * own * config.dim * work.wide
+    taken = (tp - 1) * own * config.dim * work.narrow
+    keys = (cp - 1) * whole * _key_values(config) // tp * work.narrow
+    sent: dict[str, float] = {
+        "all-gather": forwards * (given + keys) + taken,
+        "reduce-scatter": forwards * taken + given + keys,
+    }
+    if config.attention == "gqa" and config.qk_norm == "full":
+        squares = 2 * whole * work.wide
+        sent["all-reduce"] = (forwards + 1) * 2 * (tp - 1) / tp * squares
+    return sent
+
+
+def _exchanged(work: Work, forwards: int) -> float:
+    """What one MoE block sends for one micro-batch over the expert ranks."""
+    ranks, k = work.expert_ranks, work.config.experts_per_token
+    leaving = work.num_tokens * work.rows_per_token * (ranks - 1) / ranks
+    row = work.config.dim * work.wide
+    forward = 2 * row + k * (work.wide + _ID)
+    backward = 2 * row + k * work.wide
+    return leaving * (forwards * forward + backward)
+
+
+def _between_stages(rank: FakeRank, work: Work) -> int:
+    """Activations to the next stages and gradients to those before, for one micro-batch."""
+    place, pp = rank.coordinates["pp"], work.degrees["pp"]
+    hidden = work.num_tokens * work.config.dim * work.wide
+    onward = work.per_rank - (place == pp - 1)
+    back = work.per_rank - (place == 0)
+    return (onward + back) * hidden
+
+
+def _block(work: Work, block: int) -> float:
+    """Bytes that one block keeps of one token."""
+    config, wide, narrow = work.config, work.wide, work.narrow
+    dim = config.dim
+    kept: float = dim * wide + work.degrees["tp"] * _input(work, 3)
+    kept += _attended(config, work.degrees["cp"]) * narrow
+    if not config.is_moe(block):
+        return kept + dim * wide + _input(work, 2) + 4 * (config.dense_hidden or 0) * narrow
+    rows, k = work.rows_per_token, config.experts_per_token
+    kept += 2 * dim * wide + 2 * config.num_experts * wide
+    # On one rank, and without rounding, the rows are the norm's output itself.
+    kept += (rows * dim * narrow) if work.expert_ranks > 1 or narrow < wide else 0
+    kept += 2 * k * config.expert_hidden * narrow + 36 * rows * k
+    if config.num_shared_experts:
+        hidden = config.num_shared_experts * config.expert_hidden
+        kept += 4 * hidden * narrow + (2 * dim * narrow if narrow < wide else 0)
+    return kept
+
+
+def _input(work: Work, products: int) -> int:
+    """What so many products keep of their common input."""
+    dim = work.config.dim
+    return dim * work.wide if work.narrow == work.wide else products * dim * work.narrow
+
+
+def _attended(config: DecoderConfig, slices: int) -> int:
+    """Numbers of queries, keys, values and output that attention keeps of a token."""
+    if config.attention == "mla":
+        key = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0)
+        value = config.v_head_dim or 0
+        latent = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0)
+        return config.num_heads * (key + value + slices * (key + value)) + 2 * latent
+    normed = 0 if config.qk_norm == "none" else config.num_heads + config.kv_heads
+    heads = 2 * config.num_heads + 2 * slices * config.kv_heads + normed
+    return heads * config.head_width
+
+
+def _key_values(config: DecoderConfig) -> int:
+    """Numbers of keys and values of a token, in all heads."""
+    if config.attention == "mla":
+        key = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0)
+        return config.num_heads * (key + (config.v_head_dim or 0))
+    return 2 * config.kv_heads * config.head_width
+
+
+def _units(rank: FakeRank) -> set[str]:
+    return {_block_of(parameter) for parameter in rank.parameters}
+
+
+def _block_of(parameter: Stored) -> str:
+    """The block that a parameter is in, or nothing for those outside."""
+    parts = parameter.name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else ""
+
+
+def _add(total: dict[str, float], more: dict[str, float], times: int = 1) -> None:
+    for name, num_bytes in more.items():
+        total[name] += times * num_bytes
