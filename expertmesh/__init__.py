@@ -1,8 +1,8 @@
 """Mixture-of-Experts for PyTorch: one layer, the same numbers on every mesh.
 
 The public names are those of ``_PLACES``; models, data, training and reports live in the
-sub-packages ``expertmesh.models``, ``expertmesh.data``, ``expertmesh.train``,
-``expertmesh.report``, ``expertmesh.hf`` and ``expertmesh.testing``.
+sub-packages ``expertmesh.models``, ``expertmesh.parallel``, ``expertmesh.data``,
+``expertmesh.train``, ``expertmesh.report``, ``expertmesh.hf`` and ``expertmesh.testing``.
 
 Names are looked up when first used: the command line prints its help, and says how threads should
 wait, before torch is imported. ``__init__.pyi`` holds the same names for type checkers.
@@ -24,6 +24,11 @@ _PLACES = {
     ],
     "layer": ["MoE", "MoELoss", "moe_layers", "set_loss_scale"],
     "metrics": ["Metric", "RoutingSummary", "summarize"],
+    "parallel.clip": ["clip_grad_norm_"],
+    "parallel.ddp": ["ddp", "param_groups"],
+    "parallel.fsdp": ["gradient_sync", "parallelize"],
+    "parallel.mesh": ["Mesh"],
+    "parallel.together": ["together"],
     "phases": ["time_phases"],
     "random": ["RandomKey"],
     "routing": [

@@ -10,6 +10,10 @@ from expertmesh.experts import (
 )
 from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
 from expertmesh.metrics import Metric, RoutingSummary, summarize
+from expertmesh.parallel.clip import clip_grad_norm_
+from expertmesh.parallel.ddp import ddp
+from expertmesh.parallel.fsdp import gradient_sync, parallelize
+from expertmesh.parallel.mesh import Mesh
 from expertmesh.phases import time_phases
 from expertmesh.random import RandomKey
 from expertmesh.routing import (
@@ -47,6 +51,7 @@ __all__ = [
     "LoadBalancingLoss",
     "LoadLoss",
     "MLPExperts",
+    "Mesh",
     "Metric",
     "MissingDependency",
     "MoE",
@@ -65,7 +70,11 @@ __all__ = [
     "UserError",
     "ZLoss",
     "__version__",
+    "clip_grad_norm_",
+    "ddp",
+    "gradient_sync",
     "moe_layers",
+    "parallelize",
     "router_preset",
     "set_loss_scale",
     "summarize",

@@ -139,7 +139,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
 
-        self.meter.count(decided, padding_T, sequence_length)
+        self.meter.count(decided, padding_T, sequence_length, self.router.population.sequence_part)
         y_TD, decided = self._hand_over(y_TD, decided, returned=return_routing)
         y = y_TD.reshape(x.shape)
         return (y, decided) if return_routing else y

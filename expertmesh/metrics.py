@@ -54,7 +54,11 @@ class RoutingMeter:
 
     @torch.no_grad()
     def count(
-        self, routing: Routing, padding_mask: Tensor | None, sequence_length: int | None
+        self,
+        routing: Routing,
+        padding_mask: Tensor | None,
+        sequence_length: int | None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         """Add one forward pass; the repetition of one in backward adds nothing.
 
@@ -62,6 +66,7 @@ class RoutingMeter:
             routing: The decision.
             padding_mask: bool ``(T,)``, True for padding, or None.
             sequence_length: Tokens in a sequence; without sequences all T are one.
+            part: Which of how many equal parts of the sequences these tokens are.
         """
         if is_recompute():
             return
@@ -70,7 +75,7 @@ class RoutingMeter:
             self._counters = self._zeros(routing.load_E.device)
         counters = self._counters
         counters["load"] += routing.load_E
-        bin_T = _position_bins(num_tokens, sequence_length, routing.load_E.device)
+        bin_T = _position_bins(num_tokens, sequence_length, part, routing.load_E.device)
         chosen_T = (routing.chosen_TK < routing.num_experts).sum(dim=1)
         counters["choices"].index_add_(0, bin_T, chosen_T)
         counters["dropped"].index_add_(0, bin_T, routing.dropped_TK.sum(dim=1))
@@ -117,10 +122,13 @@ class RoutingMeter:
         return counters
 
 
-def _position_bins(num_tokens: int, sequence_length: int | None, device: torch.device) -> Tensor:
+def _position_bins(
+    num_tokens: int, sequence_length: int | None, part: tuple[int, int], device: torch.device
+) -> Tensor:
     length = max(sequence_length or num_tokens, 1)
-    position_T = torch.arange(num_tokens, device=device) % length
-    return position_T * POSITION_BINS // length
+    index, num_parts = part
+    position_T = torch.arange(num_tokens, device=device) % length + index * length
+    return position_T * POSITION_BINS // (num_parts * length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ returns its input. Sums over ranks run in a fixed order where the order is ours 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Group:
         index: This rank's place among them.
         process_group: torch's; None for a single rank.
         device_type: Where tensors must be to be sent.
+        timeout: After which a rank that waits for another gives up; None is torch's default.
         traffic: What this rank sent over this group.
     """
 
@@ -51,6 +53,7 @@ class Group:
     index: int
     process_group: dist.ProcessGroup | None
     device_type: str = "cpu"
+    timeout: timedelta | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     @property

@@ -9,6 +9,7 @@ from expertmesh.layer import MoE, set_loss_scale
 from expertmesh.models.attention import GroupedAttention
 from expertmesh.models.config import DecoderConfig
 from expertmesh.models.context import BlockContext
+from expertmesh.models.dropout import Dropout
 from expertmesh.models.latent_attention import LatentAttention
 from expertmesh.models.mlp import GatedMLP
 from expertmesh.models.norm import RMSNorm
@@ -31,11 +32,15 @@ class DenseBlock(nn.Module):
         self.attention = build_attention(config, index)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = GatedMLP(config.dim, config.dense_hidden, config.activation)
+        self.attention_dropout = Dropout(config.dropout, index, "attention")
+        self.mlp_dropout = Dropout(config.dropout, index, "mlp")
 
     def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
         """Args: ``x_BSD`` ``(B, S, D)`` and what the blocks share. Returns ``(B, S, D)``."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        y_BSD = self.attention(self.attention_norm(x_BSD), context)
+        x_BSD = x_BSD + self.attention_dropout(y_BSD, context.key)
+        y_BSD = self.mlp(self.mlp_norm(x_BSD))
+        return x_BSD + self.mlp_dropout(y_BSD, context.key)
 
 
 class MoEBlock(nn.Module):
@@ -53,10 +58,13 @@ class MoEBlock(nn.Module):
         self.attention = build_attention(config, index)
         self.moe_norm = RMSNorm(config.dim, config.norm_eps)
         self.moe = build_moe(config, index)
+        self.attention_dropout = Dropout(config.dropout, index, "attention")
+        self.moe_dropout = Dropout(config.dropout, index, "moe")
 
     def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
         """Args: ``x_BSD`` ``(B, S, D)`` and what the blocks share. Returns ``(B, S, D)``."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
+        y_BSD = self.attention(self.attention_norm(x_BSD), context)
+        x_BSD = x_BSD + self.attention_dropout(y_BSD, context.key)
         moe = partial(
             self.moe,
             padding_mask=context.padding_mask_BS,
@@ -68,11 +76,11 @@ class MoEBlock(nn.Module):
             # Here and not before the pass: a pass that is recomputed must find its own again.
             set_loss_scale(self.moe, context.loss_scale)
         if context.record is None:
-            return x_BSD + moe(self.moe_norm(x_BSD))
+            return x_BSD + self.moe_dropout(moe(self.moe_norm(x_BSD)), context.key)
         y_BSD, routing = moe(self.moe_norm(x_BSD), return_routing=True)
         if not is_recompute():
             context.record[self.index] = routing
-        return x_BSD + y_BSD
+        return x_BSD + self.moe_dropout(y_BSD, context.key)
 
 
 def build_attention(config: DecoderConfig, index: int) -> GroupedAttention | LatentAttention:

@@ -99,6 +99,9 @@ class DecoderConfig:
     activation: str = "silu"
     """Gate's activation, in experts and dense MLPs."""
 
+    dropout: float = 0.0
+    """Probability that training drops an element of what a block adds to the residual."""
+
     tied_embeddings: bool = False
     """The output's weight is the embedding."""
 

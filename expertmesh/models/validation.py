@@ -51,6 +51,10 @@ def check_config(config: DecoderConfig) -> None:
     for name in ("norm_eps", "init_std", "rope_theta"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(
+            f"dropout must be at least 0 and below 1, got {config.dropout}; set dropout = 0 for none"
+        )
     _one_of(config, "losses", ("attach", "return"))
     _one_of(config, "activation", ACTIVATIONS)
     _one_of(config, "position", ("rotary", "learned", "none"))

@@ -62,12 +62,15 @@ class Agreement:
         try:
             if self._gloo is None:
                 self._gloo = dist.new_group(
-                    list(self._group.ranks), backend="gloo", use_local_synchronization=True
+                    list(self._group.ranks),
+                    timeout=self._group.timeout,
+                    backend="gloo",
+                    use_local_synchronization=True,
                 )
             dist.all_gather_object(values, value, group=self._gloo)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the ranks of a checkpoint lost each other ({error}); one of them has ended"
+                f"the ranks lost each other ({error}); one of them has ended"
             ) from error
         return values  # type: ignore[return-value]  # every place was filled
 

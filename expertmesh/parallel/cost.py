@@ -126,16 +126,18 @@ def in_flight(rank: FakeRank, work: Work) -> int:
 def activations(rank: FakeRank, work: Work) -> int:
     """Bytes that forward passes keep for backward, without scores of attention.
 
-    For a token, with w bytes of a wide and n of a narrow number:
+    For a token, with w bytes of a wide and n of a narrow number; x is what several products keep
+    of their common input, ``D w``, or under autocast, which rounds it for each of them, ``D n``
+    times their number:
 
-    - attention: ``D w`` (the norm's input); ``tp`` times the products' input ``D w``, or ``3 D n``
-      under autocast, which rounds it for each of three; ``n`` for each number of queries, keys,
-      values and output, the keys and values of all slices;
-    - dense MLP: ``2 D w + 4 F n``, under autocast ``D w + 2 D n + 4 F n``;
-    - MoE: ``2 D w + 2 E w`` (norm and router), ``r D n`` of dispatched rows, where a token has r
-      (``Work.rows_per_token``), ``2 K F n`` before the activation, ``36 r K`` of ids and places,
-      and a shared MLP as a dense one without its norm;
-    - after the last block: ``2 D w + V (w + n)``, for one micro-batch.
+    - norms: ``2 D w`` each (input and quotient; fused norms of GPUs need half);
+    - attention: ``tp x``; n for each number of queries, keys, values (of all slices) and output,
+      the latter in two layouts;
+    - dense MLP: ``x + 4 F n``;
+    - MoE: ``D w + 2 E w`` of the router, ``r D n`` of dispatched rows, where a token has r
+      (``Work.rows_per_token``), ``2 K F n`` before the activation, ``36 r K`` of weights, ids and
+      places, and a shared MLP as a dense one;
+    - after the last norm: ``x + V (w + n)``, for one micro-batch.
 
     With recomputation blocks keep their input, ``D w``, and one of them the rest.
     """
@@ -147,7 +149,8 @@ def activations(rank: FakeRank, work: Work) -> int:
     else:
         kept = passes * sum(per_block)
     if work.config.num_layers - 1 in rank.blocks:
-        kept += 2 * dim * wide + work.config.vocab_size * (wide + work.narrow)
+        logits = work.config.vocab_size * (wide + work.narrow)
+        kept += 2 * dim * wide + _input(work, 1) + logits
     return int(work.num_tokens * kept)
 
 
@@ -255,12 +258,12 @@ def _block(work: Work, block: int) -> float:
     """Bytes that one block keeps of one token."""
     config, wide, narrow = work.config, work.wide, work.narrow
     dim = config.dim
-    kept: float = dim * wide + work.degrees["tp"] * _input(work, 3)
+    kept: float = 4 * dim * wide + work.degrees["tp"] * _input(work, 3)
     kept += _attended(config, work.degrees["cp"]) * narrow
     if not config.is_moe(block):
-        return kept + dim * wide + _input(work, 2) + 4 * (config.dense_hidden or 0) * narrow
+        return kept + _input(work, 2) + 4 * (config.dense_hidden or 0) * narrow
     rows, k = work.rows_per_token, config.experts_per_token
-    kept += 2 * dim * wide + 2 * config.num_experts * wide
+    kept += dim * wide + 2 * config.num_experts * wide
     # On one rank, and without rounding, the rows are the norm's output itself.
     kept += (rows * dim * narrow) if work.expert_ranks > 1 or narrow < wide else 0
     kept += 2 * k * config.expert_hidden * narrow + 36 * rows * k
@@ -282,9 +285,9 @@ def _attended(config: DecoderConfig, slices: int) -> int:
         key = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0)
         value = config.v_head_dim or 0
         latent = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0)
-        return config.num_heads * (key + value + slices * (key + value)) + 2 * latent
+        return config.num_heads * (key + 2 * value + slices * (key + value)) + 3 * latent
     normed = 0 if config.qk_norm == "none" else config.num_heads + config.kv_heads
-    heads = 2 * config.num_heads + 2 * slices * config.kv_heads + normed
+    heads = 3 * config.num_heads + 2 * slices * config.kv_heads + 3 * normed
     return heads * config.head_width
 
 

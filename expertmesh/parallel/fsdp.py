@@ -82,26 +82,45 @@ def parallelize(
         place_experts(model, mesh, dispatch=dispatch)
         return model
     mesh.make_groups()
-    _copy_values_of_first_rank(model, mesh)
+    copy_values_of_first_rank(model, mesh)
     if mesh.degree("tp") > 1:
         shard_attention(model, mesh)
     place_experts(model, mesh, dispatch=dispatch)
     _shard_storage(model, mesh, zero, expert_zero)
+    setattr(model, _READ_BY_DDP, _RefusesDDP())
     return model
+
+
+class _RefusesDDP:
+    """Stands where DDP looks, before all else, for the parameters that it shall leave alone."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise UserError(
+            "DDP would copy one rank's parts of this model to all others: parallelize has laid it "
+            "out over ranks and sums its gradients; leave DDP out, or use expertmesh.ddp(model, "
+            "mesh) in place of both"
+        )
+
+
+_READ_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 def gradient_sync(model: nn.Module, *, last: bool) -> None:
     """Say before a micro-batch whether it is the last one of the optimizer step.
 
-    Stages 0 and 1 sum gradients over ranks in the last one only; 2 and 3 in every one.
+    Stages 0 and 1 sum gradients over ranks in the last one only; 2 and 3 in every one. Stages 0 to
+    2 keep what they gathered of the parameters until the last one.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             once = getattr(module, _ONCE_PER_STEP)
             module.set_requires_gradient_sync(last or not once, recurse=False)
+            whole = getattr(module, _KEEPS_WHOLE)
+            module.set_reshard_after_backward(last or not whole, recurse=False)
 
 
 _ONCE_PER_STEP = "_sums_gradients_once_per_step"
+_KEEPS_WHOLE = "_keeps_parameters_whole_in_a_step"
 
 
 def _shard_storage(model: nn.Module, mesh: Mesh, zero: int, expert_zero: int) -> None:
@@ -156,6 +175,7 @@ def _fully_shard(unit: _Unit, outside: set[nn.Parameter]) -> None:
         ignored_params=outside,
     )
     setattr(unit.module, _ONCE_PER_STEP, unit.zero < 2)
+    setattr(unit.module, _KEEPS_WHOLE, unit.zero < 3)
     assert isinstance(unit.module, FSDPModule)
     unit.module.set_gradient_divide_factor(1.0)
     unit.module.set_force_sum_reduction_for_comms(True)
@@ -179,7 +199,8 @@ def _piece_dim(param: Tensor, pieces: int) -> int:
 
 
 @torch.no_grad()
-def _copy_values_of_first_rank(model: nn.Module, mesh: Mesh) -> None:
+def copy_values_of_first_rank(model: nn.Module, mesh: Mesh) -> None:
+    """Give every rank of a stage its first rank's values; nothing on the meta device."""
     group = mesh.stage
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     if group.process_group is None or any(t.is_meta for t in tensors.values()):

@@ -1,6 +1,7 @@
 """The mesh: both grids with their process groups, as one object that is passed around."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +34,8 @@ class Mesh:
         ranks: The ranks to use; None uses the whole world.
         device_mesh: Take the ranks, in its order, from a ``DeviceMesh`` instead.
         device: ``"cpu"`` or ``"cuda"``; None is that of the process group's backend.
+        timeout: Seconds after which ranks that wait for each other's word give up; None is torch's
+            default. Collectives on tensors have the process group's.
 
     Raises:
         UserError: If the degrees do not multiply to the number of ranks.
@@ -56,6 +59,7 @@ class Mesh:
         ranks: Sequence[int] | None = None,
         device_mesh: DeviceMesh | None = None,
         device: str | None = None,
+        timeout: float | None = None,
     ) -> None:
         if device_mesh is not None:
             if ranks is not None:
@@ -79,6 +83,7 @@ class Mesh:
         )
         self.rank = dist.get_rank() if started else 0
         self.device_type = _device_type(device)
+        self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._groups: dict[tuple[str, ...], Group] = {}
         if started:
             self.dense = self._device_mesh(self.grid.dense, DENSE_AXES)
@@ -150,7 +155,7 @@ class Mesh:
             ranks = tuple(self.grid.group_of(self.rank, names))
             process_group = self._process_group(names) if len(ranks) > 1 else None
             self._groups[names] = Group(
-                ranks, ranks.index(self.rank), process_group, self.device_type
+                ranks, ranks.index(self.rank), process_group, self.device_type, self._timeout
             )
         return self._groups[names]
 

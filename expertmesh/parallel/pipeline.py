@@ -252,12 +252,13 @@ class _StageRunner(nn.Module):
 
     def _before_backward(self, is_last: bool, _: Tensor) -> None:
         """Say which parameters get their last gradient of the step in this backward pass."""
-        model, blocks = self._pipeline.model, self._pipeline.stages.blocks[self.stage]
-        at_an_end = self.stage == 0 or self.is_last
-        gradient_sync(model, last=is_last and at_an_end)
+        model, stages = self._pipeline.model, self._pipeline.stages
+        # What lies outside the blocks takes part in every stage's pass. A rank's first stage has
+        # the last one.
+        is_first_stage = self.stage == stages.of_rank(self._pipeline.group.index)[0]
+        gradient_sync(model, last=is_last and is_first_stage)
         for name, block in model.blocks.named_children():
-            # This rank's other stages have passes of their own to come.
-            gradient_sync(block, last=is_last and int(name) in blocks)
+            gradient_sync(block, last=is_last and int(name) in stages.blocks[self.stage])
 
     def _count(self, x: Tensor, y: Tensor) -> None:
         """Bytes sent onward now, and back in the backward pass to come."""

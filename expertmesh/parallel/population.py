@@ -27,6 +27,7 @@ class RankPopulation(Population):
         self.averaged = averaged
         self.num_ranks = group.size
         self.ranks_per_sequence = sequence_group.size
+        self.sequence_part = (sequence_group.index, sequence_group.size)
         self._last: tuple[Tensor, _RankArrangement] | None = None
 
     def total(self, value: Tensor, *, copies: int = 1) -> Tensor:

@@ -42,10 +42,13 @@ class Population(ABC):
     Attributes:
         num_ranks: How many.
         ranks_per_sequence: Ranks among which the tokens of one sequence are cut up.
+        sequence_part: Which of how many parts of its sequences this rank has; they differ in
+            length by one token at most.
     """
 
     num_ranks: int
     ranks_per_sequence: int
+    sequence_part: tuple[int, int]
 
     @abstractmethod
     def total(self, value: Tensor, *, copies: int = 1) -> Tensor:
@@ -84,6 +87,7 @@ class Alone(Population):
 
     num_ranks = 1
     ranks_per_sequence = 1
+    sequence_part = (0, 1)
 
     def total(self, value: Tensor, *, copies: int = 1) -> Tensor:
         return value

@@ -102,4 +102,3 @@ def _cut(model: DecoderLM, mesh: "Mesh", per_rank: int) -> Any:
     stages = Stages.of(model.config, ranks, per_rank=per_rank)
     keep_stages(model, stages, mesh.coordinates["pp"])
     return stages
-

@@ -219,8 +219,11 @@ class CheckpointFolder:
             plan(model_tensors(model), MODEL, self._writers),
             plan(optimizer_tensors(model, optimizer), OPTIMIZER, self._writers),
         ]
+        if asynchronous:
+            with self._writers.together():
+                parts = [part.on_host() for part in parts]
         saving = Saving(
-            parts=[part.on_host() for part in parts] if asynchronous else parts,
+            parts=parts,
             state={"step": step, **state},
             final=self._folder(step),
             ranks=self._writers,

@@ -105,7 +105,12 @@ class MeshConfig:
             return None
         from expertmesh.parallel.mesh import Mesh
 
-        return Mesh(placement=resolved.placement, device=device.type, **degrees)
+        return Mesh(
+            placement=resolved.placement,
+            device=device.type,
+            timeout=resolved.timeout,
+            **degrees,
+        )
 
     def _check_free_of_degrees(self) -> None:
         defaults = MeshConfig()

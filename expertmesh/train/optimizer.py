@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from expertmesh.errors import UserError
+from expertmesh.shards import is_sharded
 from expertmesh.train.schedule import ScheduleName
 
 
@@ -78,17 +79,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         config: Rates and decay.
 
     Returns:
-        An optimizer with two groups, decayed and not, each in the model's order.
+        An optimizer with groups of parameters that decay and that do not, in the model's order.
     """
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise UserError("the model has no trainable parameter")
+    # torch steps all tensors of a group at once, which must then be all sharded or all plain.
+    kinds = [(decayed, sharded) for decayed in (True, False) for sharded in (False, True)]
     groups = [
         {
-            "params": [param for name, param in trainable if decays(name, param) == decayed],
+            "params": [
+                param
+                for name, param in trainable
+                if (decays(name, param), is_sharded(param)) == (decayed, sharded)
+            ],
             "weight_decay": config.weight_decay if decayed else 0.0,
         }
-        for decayed in (True, False)
+        for decayed, sharded in kinds
     ]
     fused = all(param.device.type in ("cpu", "cuda", "xpu") for _, param in trainable)
     return torch.optim.AdamW(

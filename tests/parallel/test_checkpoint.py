@@ -36,18 +36,18 @@ def same(answers: list[str]) -> str:
     [
         (1, cuts.alone, 4, cuts.zero_3),
         (4, cuts.zero_3, 2, cuts.zero_3),
-        (3, cuts.zero_3, 2, cuts.alone),
+        pytest.param(3, cuts.zero_3, 2, cuts.alone, marks=pytest.mark.slow),
         (4, cuts.ep_4, 4, cuts.ep_2_edp_2),
-        (4, cuts.ep_2_edp_2, 1, cuts.alone),
+        pytest.param(4, cuts.ep_2_edp_2, 1, cuts.alone, marks=pytest.mark.slow),
         (4, cuts.ep_2_etp_2, 4, cuts.ep_4),
-        (1, cuts.alone, 4, cuts.ep_2_etp_2),
+        pytest.param(1, cuts.alone, 4, cuts.ep_2_etp_2, marks=pytest.mark.slow),
         (2, cuts.zero_1, 2, cuts.zero_3),
-        (2, cuts.zero_0, 4, cuts.tp_2_dp_2),
+        pytest.param(2, cuts.zero_0, 4, cuts.tp_2_dp_2, marks=pytest.mark.slow),
         (2, cuts.zero_3, 4, cuts.tp_2_dp_2),
-        (4, cuts.tp_2_dp_2, 4, cuts.ep_2_edp_2),
+        pytest.param(4, cuts.tp_2_dp_2, 4, cuts.ep_2_edp_2, marks=pytest.mark.slow),
         (2, cuts.pp_2, 1, cuts.alone),
-        (2, cuts.alone, 2, cuts.pp_2),
-        (4, cuts.ep_4, 2, cuts.pp_2),
+        pytest.param(2, cuts.alone, 2, cuts.pp_2, marks=pytest.mark.slow),
+        pytest.param(4, cuts.ep_4, 2, cuts.pp_2, marks=pytest.mark.slow),
     ],
 )
 def test_any_mesh_loads_what_any_other_saved(
@@ -61,8 +61,10 @@ def test_any_mesh_loads_what_any_other_saved(
     ("num_savers", "saver", "num_loaders", "loader"),
     [
         (4, (2, {"ep": 4}), 4, (2, {"ep": 2})),
-        (3, (1, {}), 2, (3, {"ep": 2})),
-        (4, (3, {"tp": 2, "ep": 2, "etp": 2}), 2, (0, {"pp": 2})),
+        pytest.param(3, (1, {}), 2, (3, {"ep": 2}), marks=pytest.mark.slow),
+        pytest.param(
+            4, (3, {"tp": 2, "ep": 2, "etp": 2}), 2, (0, {"pp": 2}), marks=pytest.mark.slow
+        ),
         (4, (2, {"pp": 2, "ep": 2}), 4, (2, {"tp": 2, "cp": 2, "ep": 4})),
     ],
 )

@@ -1,24 +1,26 @@
 """What the formulas say is what ranks send and keep."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel.context import GatheredSlices
-from expertmesh.parallel.cost import Work, traffic
-from expertmesh.parallel.fake import FakeRank, fake_ranks
+from expertmesh.parallel.cost import Work, activations, in_flight, memory, traffic
+from expertmesh.parallel.fake import FakeRank, Stored, fake_ranks
 from expertmesh.parallel.fsdp import gradient_sync, parallelize
 from expertmesh.parallel.grid import Grid
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.pipeline import Piece, Pipeline
+from expertmesh.shards import shard_of
 from expertmesh.testing import run_on_ranks
 
 SEQ_LEN, ROWS = 8, 4
@@ -95,46 +97,28 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = function.name().removeprefix("c10d::")
-        if name in self._sizes:
-            kind, num_bytes = self._sizes[name](*args)
+        kind, num_bytes = _sent(function.name(), args)
+        if num_bytes:
             self.num_bytes[kind] += num_bytes
         return function(*args, **(kwargs or {}))
 
-    @staticmethod
-    def _all_gather(out: Tensor, own: Tensor, *_: Any) -> tuple[str, int]:
-        return "all-gather", out.nbytes - own.nbytes
 
-    @staticmethod
-    def _reduce_scatter(own: Tensor, whole: Tensor, *_: Any) -> tuple[str, int]:
-        return "reduce-scatter", whole.nbytes - own.nbytes
-
-    @staticmethod
-    def _all_reduce(tensors: list[Tensor], group: Any, *_: Any) -> tuple[str, int]:
-        size = dist.ProcessGroup.unbox(group).size()
-        return "all-reduce", 2 * (size - 1) * tensors[0].nbytes // size
-
-    @staticmethod
-    def _all_to_all(
-        _: Tensor, x: Tensor, group: Any, received: list[int], sent: list[int], *__: Any
-    ) -> tuple[str, int]:
-        if not sent:  # row counts
-            return "counts", x.nbytes
-        leaving = sum(sent) - sent[dist.ProcessGroup.unbox(group).rank()]
-        return "all-to-all", leaving * x[:1].nbytes if len(x) else 0
-
-    @staticmethod
-    def _send(tensors: list[Tensor], *_: Any) -> tuple[str, int]:
-        # torch's pipeline agrees on its mode by one integer.
-        return ("send", tensors[0].nbytes) if tensors[0].is_floating_point() else ("counts", 0)
-
-    _sizes = {
-        "_allgather_base_": _all_gather,
-        "_reduce_scatter_base_": _reduce_scatter,
-        "allreduce_": _all_reduce,
-        "alltoall_base_": _all_to_all,
-        "send": _send,
-    }
+def _sent(name: str, args: tuple[Any, ...]) -> tuple[str, int]:
+    """Kind and bytes of a call; row counts, and integers by which ranks agree, are left out."""
+    match name.removeprefix("c10d::"), args:
+        case "_allgather_base_", (out, own, *_):
+            return "all-gather", out.nbytes - own.nbytes
+        case "_reduce_scatter_base_", (own, whole, *_):
+            return "reduce-scatter", whole.nbytes - own.nbytes
+        case "allreduce_", ([x], group, *_):
+            size = dist.ProcessGroup.unbox(group).size()
+            return "all-reduce", 2 * (size - 1) * x.nbytes // size
+        case "alltoall_base_", (_, x, group, _, [*sent], *_) if sent:
+            leaving = sum(sent) - sent[dist.ProcessGroup.unbox(group).rank()]
+            return "all-to-all", leaving * x[:1].nbytes
+        case "send", ([x], *_) if x.is_floating_point():
+            return "send", x.nbytes
+    return "", 0
 
 
 def sent_in_a_step(case: Case) -> dict[str, int]:
@@ -148,8 +132,8 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
         model.checkpoint_blocks()
     parallelize(model, mesh, zero=case.zero, expert_zero=case.expert_zero)
     slices = GatheredSlices(mesh.group("cp"), SEQ_LEN)
-    tokens_BS = torch.randint(30, (case.work.rows, SEQ_LEN))
-    tokens_BS = slices.own_part(tokens_BS, 1)
+    torch.manual_seed(mesh.rank)
+    tokens_BS = slices.own_part(torch.randint(30, (case.work.rows, SEQ_LEN)), 1)
     piece = Piece(tokens_BS, torch.sum, arguments={"cache": slices})
     with Sent() as sent:
         if mesh.degree("pp") > 1:
@@ -183,5 +167,162 @@ def test_ranks_send_what_the_formula_says(case: Case) -> None:
     for stage, rank in enumerate(case.ranks()):
         actual = sent[int(case.grid.dense[stage].flat[0])]
         expected = {kind: size for kind, size in traffic(rank, case.work).items() if size}
-        actual.pop("counts", None)
         assert actual == expected
+
+
+def test_all_to_all_of_chosen_experts_is_as_expected() -> None:
+    chosen = {"num_experts": 16, "experts_per_token": 3, "dim": 64}
+    case = Case({"ep": 4}, shape=chosen)
+    assert case.work.rows_per_token == pytest.approx(4 * (1 - 12 * 11 * 10 / (16 * 15 * 14)))
+    sent = [by_kind["all-to-all"] for by_kind in run_on_ranks(4, sent_in_a_step, case)]
+    expected = traffic(case.ranks()[0], case.work)["all-to-all"]
+    assert sum(sent) / 4 == pytest.approx(expected, rel=0.1)
+
+
+def held_in_a_step(case: Case) -> tuple[int, int]:
+    """On a rank: bytes of parameters, and of the moments after an optimizer's step."""
+    degrees: dict[str, Any] = dict(case.degrees)
+    model = parallelize(
+        DecoderLM(case.config), Mesh(**degrees), zero=case.zero, expert_zero=case.expert_zero
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.zeros(1, SEQ_LEN, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
+    parameters, states = (
+        sum(shard_of(tensor).local.nbytes for tensor in tensors)
+        for tensors in (model.parameters(), moments)
+    )
+    return parameters, states
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_ranks_hold_what_the_formula_says(zero: int) -> None:
+    case = Case({"ep": 2}, zero=zero, expert_zero=2)
+    parameters, states = run_on_ranks(4, held_in_a_step, case)[0]
+    needed = memory(case.ranks()[0], case.work)
+    assert (needed["parameters"], needed["optimizer"]) == (parameters, states)
+
+
+def _rank(place: int, *parameters: Stored) -> FakeRank:
+    return FakeRank({"pp": place}, parameters, (0, 1, 2))
+
+
+def test_what_is_together_for_a_while() -> None:
+    parameters = (
+        Stored("embedding.weight", "", False, held=10, ranks=4, copied=False),
+        Stored("blocks.0.a", "blocks.0", False, held=5, ranks=4, copied=False),
+        Stored("blocks.0.moe.experts.up", "blocks.0.moe.experts", True, 100, 2, False),
+        Stored("blocks.1.a", "blocks.1", False, held=7, ranks=4, copied=False),
+    )
+    base = Case({"ep": 2}).work
+    for zero, expert_zero, gathered, gradients in (
+        (1, 1, 30 + 15 + 100 + 21, 40 + 20 + 200 + 28),
+        (2, 2, 30 + 15 + 100 + 21, 10 + 5 + 100 + 7 + (20 + 200)),
+        (3, 3, 115 + 30, 10 + 5 + 100 + 7 + (20 + 200)),
+        (3, 1, 100 + 30 + 21, 10 + 5 + 200 + 7 + 40),
+    ):
+        work = replace(base, zero=zero, expert_zero=expert_zero)
+        needed = memory(_rank(0, *parameters), work)
+        assert (needed["gathered"], needed["gradients"]) == (gathered, gradients)
+        assert (needed["parameters"], needed["optimizer"]) == (122, 244)
+    whole = replace(parameters[3], held=28, copied=True)
+    needed = memory(_rank(0, whole), replace(base, zero=0))
+    assert (needed["gathered"], needed["gradients"]) == (0, 28)
+
+
+def passes_in_flight(case: Case) -> int:
+    """On a rank of two: the most forward passes that wait for their backward pass."""
+    stages = case.stages
+    mesh = Mesh(pp=2)
+    model = keep_stages(DecoderLM(case.config), stages, mesh.coordinates["pp"])
+    waiting, most = 0, 0
+
+    def changed(by: int) -> None:
+        nonlocal waiting, most
+        waiting += by
+        most = max(most, waiting)
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = part(*args, **kwargs)
+        changed(1)
+        y.register_hook(lambda _: changed(-1))
+        return y
+
+    part, model.part = model.part, watched  # type: ignore[method-assign]  # to look on
+    piece = Piece(torch.zeros(1, SEQ_LEN, dtype=torch.int64), torch.sum)
+    Pipeline(model, stages, mesh.group("pp")).step([piece] * case.num_micro_batches)
+    return most
+
+
+@pytest.mark.parametrize("per_rank", [1, 2])
+@pytest.mark.parametrize("num_micro_batches", [1, 6])
+def test_as_many_passes_wait_as_the_formula_says(per_rank: int, num_micro_batches: int) -> None:
+    case = Case({"pp": 2}, per_rank=per_rank, num_micro_batches=num_micro_batches)
+    actual = run_on_ranks(2, passes_in_flight, case)
+    work = replace(case.work, degrees={**case.work.degrees, "pp": 2, "dp": 1})
+    assert actual == [in_flight(_rank(place), work) for place in range(2)]
+
+
+def kept_bytes(config: DecoderConfig, rows: int, rounded: bool) -> int:
+    """What autograd keeps of one forward pass in one process, parameters aside."""
+    model = DecoderLM(config)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # else another tensor might take an address again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    tokens_BS = torch.randint(config.vocab_size, (rows, 32))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
+            logits_BSV = model(tokens_BS)
+        F.cross_entropy(logits_BSV.float().flatten(0, 1), tokens_BS.flatten())
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": "head"},
+        {"num_experts": 8, "experts_per_token": 2},
+        {"num_shared_experts": 0, "moe_every": 2},
+    ],
+    ids=str,
+)
+def test_autograd_keeps_what_the_formula_says(changes: dict[str, Any], rounded: bool) -> None:
+    wide = {"dim": 64, "dense_hidden": 160, "expert_hidden": 48, "vocab_size": 100}
+    config = DecoderConfig(**(SHAPE | wide | changes))
+    # Of two sizes, so that what does not grow with the tokens is left out.
+    actual = kept_bytes(config, 32, rounded) - kept_bytes(config, 16, rounded)
+    work = Work(
+        config=config,
+        degrees=Grid.infer(1).degrees,
+        rows=16,
+        seq_len=32,
+        narrow=2 if rounded else 4,
+    )
+    rank = FakeRank({"pp": 0}, (), tuple(range(config.num_layers)))
+    assert activations(rank, work) == pytest.approx(actual, rel=0.1)
+
+
+def test_recomputed_blocks_keep_their_input_and_one_of_them_the_rest() -> None:
+    config = DecoderConfig(**SHAPE)
+    work = Work(config=config, degrees=Grid.infer(1).degrees, rows=2, seq_len=8)
+    first, both = (FakeRank({"pp": 0}, (), blocks) for blocks in ((1,), (1, 2)))
+    block_input = 2 * 8 * config.dim * 4
+    again = replace(work, recompute=True)
+    assert activations(first, again) == activations(first, work) + block_input
+    assert activations(both, again) == activations(first, work) + 2 * block_input

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from expertmesh.routing import SelectionBias, TopKRouter, update_selection_bias

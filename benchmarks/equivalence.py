@@ -1,0 +1,111 @@
+"""Every mesh against one process, in float64: results/equivalence.json and docs/equivalence.md.
+
+    python benchmarks/equivalence.py           all of it, many minutes on two cores
+    python benchmarks/equivalence.py --page    the page alone, from the JSON that is there
+
+Models, batches and meshes are those of tests/distributed. Each mesh trains every setting that fits
+it for five optimizer steps through the trainer, on as many gloo processes as it has ranks, and
+again for two steps, which must agree to the bit.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from record import RESULTS, save  # noqa: E402  # beside this file
+
+from expertmesh.testing.equivalence import COLUMNS  # noqa: E402
+from tests.distributed.compared import LIMIT, compare, suited  # noqa: E402
+from tests.distributed.layouts import LAYOUTS  # noqa: E402
+from tests.distributed.settings import SETTINGS  # noqa: E402
+
+NAME = "equivalence"
+PAGE = ROOT / "docs" / "equivalence.md"
+
+TEXT = """\
+# The same numbers on every mesh
+
+Models trained on many ranks are compared with the same models in one process: the first step's
+output, the gradient of its input (the embedded tokens) and of every parameter, and over five steps
+of AdamW the gradient's norm before clipping, the loss, and in the end all parameters and buffers.
+A cell is the largest relative error, by norm, over all parameters and over all settings below that
+fit the mesh; in float64 everything up to {limit:.0e} counts as rounding. On one mesh two runs agree
+to the bit: each setting is trained twice, and copies of a parameter on several ranks must be equal.
+"""
+
+CAVEAT = """\
+Sums over ranks are taken in another order than in one process, so float32 and bfloat16 agree to
+their own rounding only. Two tokens that are the same to the model (one first token of two rows)
+have weights that are equal up to rounding: where capacity goes by weight (`priority`,
+`probability`), which of the two is dropped may depend on the mesh. Rows of these settings begin
+with different tokens.
+"""
+
+
+def measure() -> dict[str, Any]:
+    """Errors of every layout."""
+    layouts = {}
+    for layout in LAYOUTS:
+        start = time.perf_counter()
+        errors = compare(layout, suited(layout), timeout=1800)
+        worst = max(error for row in errors.values() for error in row.values())
+        seconds = time.perf_counter() - start
+        print(f"{layout.world} ranks, {layout.name}: {worst:.1e}, {seconds:.0f} s", flush=True)
+        layouts[layout.name] = {"world": layout.world, "errors": errors}
+    settings = {name: setting.about for name, setting in SETTINGS.items()}
+    return {"dtype": "float64", "limit": LIMIT, "settings": settings, "layouts": layouts}
+
+
+def load() -> dict[str, Any]:
+    """The result that is there."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def render(result: dict[str, Any]) -> str:
+    """The page."""
+    versions, hardware = result["versions"], result["hardware"]
+    commit, plus, changes = result["commit"].partition("+")
+    lines = [
+        TEXT.format(limit=result["limit"]),
+        f"`{result['command']}`, commit {commit[:10]}{plus}{changes}, {hardware['cpu']}, torch "
+        f"{versions['torch']}, gloo, {result['date'][:10]}\n",
+        f"| ranks | mesh | settings | {' | '.join(COLUMNS)} |",
+        f"|---:|---|---:|{'---:|' * len(COLUMNS)}",
+    ]
+    for name, row in result["layouts"].items():
+        cells = [max(errors[column] for errors in row["errors"].values()) for column in COLUMNS]
+        figures = " | ".join(f"{cell:.0e}" for cell in cells)
+        lines.append(f"| {row['world']} | {name} | {len(row['errors'])} | {figures} |")
+    lines += [
+        "",
+        "`zero2/1` is ZeRO stage 2 with stage 1 for the experts; `outside` places the ranks of an "
+        "expert-parallel group on different hosts; `interleaved2` gives each rank two pipeline "
+        "stages; `static` is dispatch without host synchronisation. Axes that are not named are "
+        "inferred.\n",
+        "| setting | what it is |",
+        "|---|---|",
+        *(f"| {name} | {about} |" for name, about in result["settings"].items()),
+        "",
+        CAVEAT,
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", action="store_true", help="write the page from the JSON alone")
+    if not parser.parse_args().page:
+        print(f"written to {save(NAME, measure())}")
+    PAGE.write_text(render(load()), encoding="utf-8")
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
