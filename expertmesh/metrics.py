@@ -11,11 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from expertmesh.kernels.router import counts_few, router_count
 from expertmesh.recompute import is_recompute
 from expertmesh.routing import Routing
 
 POSITION_BINS = 16
 """Bins of the relative position in a sequence over which drops are counted."""
+
+COUNTERS = ("load", "choices", "dropped", "tokens", "entropy", "max_logit")
+"""In the order in which one launch takes them."""
 
 DEAD_BELOW = 0.1
 """An expert with less than this part of its fair share counts as dead."""
@@ -74,6 +78,22 @@ class RoutingMeter:
         if not self._counters:
             self._counters = self._zeros(routing.load_E.device)
         counters = self._counters
+        logits_TE = routing.logits_TE
+        if (
+            logits_TE is not None
+            and padding_mask is None
+            and part == (0, 1)
+            and counts_few(logits_TE)
+        ):
+            router_count(
+                logits_TE,
+                routing.chosen_TK,
+                routing.dropped_TK,
+                routing.load_E,
+                [counters[name] for name in COUNTERS],
+                sequence_length or num_tokens,
+            )
+            return
         counters["load"] += routing.load_E
         bin_T = _position_bins(num_tokens, sequence_length, part, routing.load_E.device)
         chosen_T = (routing.chosen_TK < routing.num_experts).sum(dim=1)

@@ -22,7 +22,8 @@ class GatedMLPExperts(StackedMLPExperts):
         init_std: Standard deviation of all weights; None takes ``D ** -0.5`` for ``gate_up``
             and ``F ** -0.5`` for ``down``. Biases are 0.
         seed: Governs the initial values; None draws one from torch's generator.
-        backend: ``"auto"``, or one of gather, grouped_mm, loop, reference.
+        backend: ``"auto"``, or one of decode, gather, triton, grouped_mm, loop,
+            reference.
         device: Where the parameters lie. On ``meta`` nothing is drawn; call
             ``reset_parameters(seed)`` after ``to_empty``.
         dtype: Of the parameters.

@@ -21,7 +21,8 @@ class MLPExperts(StackedMLPExperts):
         init_std: Standard deviation of all weights; None takes ``D ** -0.5`` for ``up`` and
             ``F ** -0.5`` for ``down``, which keeps the size of what passes through. Biases are 0.
         seed: Governs the initial values; None draws one from torch's generator.
-        backend: ``"auto"``, or one of gather, grouped_mm, loop, reference.
+        backend: ``"auto"``, or one of decode, gather, triton, grouped_mm, loop,
+            reference.
         device: Where the parameters lie. On ``meta`` nothing is drawn; call
             ``reset_parameters(seed)`` after ``to_empty``.
         dtype: Of the parameters.

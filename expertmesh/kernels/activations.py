@@ -16,10 +16,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def relu2(x: Tensor) -> Tensor:
+    """The square of ReLU (Primer, arXiv 2109.08668)."""
+    return torch.nn.functional.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": gelu_tanh,
     "relu": torch.nn.functional.relu,
+    "relu2": relu2,
     "silu": torch.nn.functional.silu,
 }
 
@@ -46,12 +52,15 @@ def resolve_activation(activation: str | Activation) -> Activation:
     return ACTIVATIONS[activation]
 
 
+def known_activation(activation: Activation) -> str | None:
+    """The name of an activation of the table; None for any other callable."""
+    return next((name for name, f in ACTIVATIONS.items() if f is activation), None)
+
+
 def activation_name(activation: Activation) -> str:
     """The name of an activation, for printing."""
-    for name, function in ACTIVATIONS.items():
-        if function is activation:
-            return name
-    return getattr(activation, "__name__", repr(activation))
+    known = known_activation(activation)
+    return known or getattr(activation, "__name__", repr(activation))
 
 
 def hidden_units(activation: Activation, pre: Tensor, gated: bool) -> Tensor:

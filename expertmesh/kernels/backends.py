@@ -27,6 +27,7 @@ class Problem:
         dim: D, the rows' width.
         hidden: F, the experts' hidden width.
         needs_grad: Whether a backward pass may follow.
+        activation: Its name in ``ACTIVATIONS``; None for a callable of the user's own.
         compiling: Whether ``torch.compile`` is tracing.
         capturing: Whether a CUDA graph is being recorded.
     """
@@ -38,6 +39,7 @@ class Problem:
     dim: int
     hidden: int
     needs_grad: bool
+    activation: str | None = "silu"
     compiling: bool = False
     capturing: bool = False
 

@@ -8,6 +8,13 @@ from torch import Tensor, nn
 
 from expertmesh import random
 from expertmesh.errors import UserError, nearest
+from expertmesh.kernels.router import (
+    router_choose,
+    router_gates,
+    router_logits,
+    router_select,
+    serves,
+)
 from expertmesh.random import RandomKey
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
@@ -29,6 +36,15 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 Renormalize = Literal["no", "chosen", "kept"]
 _FLOAT = torch.float32
+
+
+class _Scored(NamedTuple):
+    """Scores, the k best and their gates; what the k best ask for where that is known already."""
+
+    chosen_TK: Tensor
+    score_TE: Tensor
+    gate_TK: Tensor
+    load_E: Tensor | None
 
 
 class _Admitted(NamedTuple):
@@ -143,14 +159,10 @@ class TopKRouter(Router):
         draw = Draw(key, self.layer, len(x_TD), x_TD.device, self.training)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits = self._logits(x_TD, draw)
-            score_TE = SCORES[self.score](logits.noisy_TE)
+            score = self._score_fused if serves(x_TD, self.weight_ED) else self._score
+            chosen_TK, score_TE, gate_TK, load_E = score(logits.noisy_TE, padding_mask, routing)
             if routing is None:
-                chosen_TK = self._choose(score_TE, padding_mask)
-            else:
-                chosen_TK = routing.chosen_TK
-            gate_TK = self._gates(score_TE, chosen_TK)
-            if routing is None:
-                admitted = self._admit(chosen_TK, gate_TK.detach(), sequence_length, draw)
+                admitted = self._admit(chosen_TK, gate_TK.detach(), load_E, sequence_length, draw)
             else:
                 admitted = _Admitted(
                     routing.expert_TK, routing.load_E, routing.dropped_TK, routing.most_per_expert
@@ -175,7 +187,7 @@ class TopKRouter(Router):
         return Routing(
             num_experts=self.num_experts,
             expert_TK=admitted.expert_TK,
-            weight_TK=self._weights(gate_TK, admitted.expert_TK),
+            weight_TK=self._weights(gate_TK, chosen_TK, admitted.expert_TK),
             chosen_TK=chosen_TK,
             load_E=admitted.load_E,
             dropped_TK=admitted.dropped_TK,
@@ -185,6 +197,10 @@ class TopKRouter(Router):
         )
 
     def _logits(self, x_TD: Tensor, draw: Draw) -> NoisyLogits:
+        noisy = self.training and self.noise is not None
+        if not noisy and serves(x_TD, self.weight_ED):
+            logits_TE = router_logits(x_TD, self.weight_ED)
+            return NoisyLogits(logits_TE, logits_TE)
         wide = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight_ED.dtype), _FLOAT)
         x_TD, weight_ED = x_TD.to(wide), self.weight_ED.to(wide)
         if self.training and self.noise is not None:
@@ -192,13 +208,39 @@ class TopKRouter(Router):
         logits_TE = x_TD @ weight_ED.T
         return NoisyLogits(logits_TE, logits_TE)
 
+    def _score(
+        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None
+    ) -> _Scored:
+        score_TE = SCORES[self.score](logits_TE)
+        chosen_TK = self._choose(score_TE, padding_mask) if routing is None else routing.chosen_TK
+        return _Scored(chosen_TK, score_TE, self._gates(score_TE, chosen_TK), None)
+
+    def _score_fused(
+        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None
+    ) -> _Scored:
+        """``_score`` by kernels. The gates are those of the decision, which may be a kept one."""
+        rule = {"sigmoid": self.score == "sigmoid", "renormalize": self.renormalize == "chosen"}
+        by_score = self.bias is None and self.group_limit is None
+        if routing is not None:
+            chosen_TK = routing.chosen_TK
+        elif not by_score:
+            chosen_TK = self._choose(SCORES[self.score](logits_TE.detach()), padding_mask)
+        elif padding_mask is None and not torch.is_grad_enabled():  # no backward, nothing to keep
+            return _Scored(*router_select(logits_TE, self.k, **rule, scale=self.scale))
+        else:
+            chosen_TK = router_choose(logits_TE, self.k, rule["sigmoid"])
+            chosen_TK = self._decided(chosen_TK, padding_mask)
+        return _Scored(chosen_TK, *router_gates(logits_TE, chosen_TK, **rule, scale=self.scale))
+
     @torch.no_grad()
     def _choose(self, score_TE: Tensor, padding_mask: Tensor | None) -> Tensor:
         if self.bias is not None:
             score_TE = score_TE + self.bias.bias_E
         if self.group_limit is not None:
             score_TE = self.group_limit.mask(score_TE)
-        chosen_TK = top_k(score_TE, self.k)
+        return self._decided(top_k(score_TE, self.k), padding_mask)
+
+    def _decided(self, chosen_TK: Tensor, padding_mask: Tensor | None) -> Tensor:
         if padding_mask is not None:
             chosen_TK = torch.where(padding_mask[:, None], self.num_experts, chosen_TK)
         return decision(chosen_TK)
@@ -213,13 +255,19 @@ class TopKRouter(Router):
 
     @torch.no_grad()
     def _admit(
-        self, chosen_TK: Tensor, gate_TK: Tensor, sequence_length: int | None, draw: Draw
+        self,
+        chosen_TK: Tensor,
+        gate_TK: Tensor,
+        load_E: Tensor | None,
+        sequence_length: int | None,
+        draw: Draw,
     ) -> _Admitted:
         wanted_TK = chosen_TK
         if self.skip is not None:
             skipped_TK = self.skip(gate_TK, draw, training=self.training)
             wanted_TK = decision(torch.where(skipped_TK, self.num_experts, chosen_TK))
-        load_E = count_experts(wanted_TK, self.num_experts)
+        if load_E is None or self.skip is not None:
+            load_E = count_experts(wanted_TK, self.num_experts)
         if self.capacity is None:
             return _Admitted(wanted_TK, load_E, torch.zeros_like(wanted_TK, dtype=torch.bool), None)
         order = self._order(len(chosen_TK), sequence_length, draw.key)
@@ -241,9 +289,11 @@ class TopKRouter(Router):
             population = population if population.ranks_per_sequence > 1 else Alone()
         return population.arrange(num_tokens, sequence_length, key)
 
-    def _weights(self, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    def _weights(self, gate_TK: Tensor, chosen_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """Gates of the choices that are carried out, zero elsewhere."""
-        weight_TK = torch.where(expert_TK < self.num_experts, gate_TK, 0.0)
+        weight_TK = gate_TK
+        if expert_TK is not chosen_TK:  # else gates are zero wherever nothing was chosen
+            weight_TK = torch.where(expert_TK < self.num_experts, gate_TK, 0.0)
         return self.scale * _over_sum(weight_TK) if self.renormalize == "kept" else weight_TK
 
 

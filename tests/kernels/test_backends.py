@@ -29,14 +29,17 @@ def test_auto_on_cpu_is_the_loop() -> None:
 def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = replace(CPU, device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert choose(MLP_BACKENDS, cuda).name == "grouped_mm"
+    assert choose(MLP_BACKENDS, cuda).name == "triton"
+    assert choose(MLP_BACKENDS, replace(cuda, activation=None)).name == "grouped_mm"
     assert choose(MLP_BACKENDS, replace(cuda, dtype=torch.float32)).name == "loop"
     assert choose(MLP_BACKENDS, replace(cuda, dim=63)).name == "loop"
     few = replace(cuda, num_assignments=8, needs_grad=False, dtype=torch.float32)
     assert choose(MLP_BACKENDS, few).name == "gather"
     recorded = replace(cuda, capturing=True, dtype=torch.float32)
     assert choose(MLP_BACKENDS, recorded).name == "gather"
-    assert choose(MLP_BACKENDS, replace(cuda, capturing=True)).name == "grouped_mm"
+    assert choose(MLP_BACKENDS, replace(cuda, capturing=True)).name == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose(MLP_BACKENDS, cuda).name == "grouped_mm"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose(MLP_BACKENDS, cuda).name == "loop"
 
@@ -59,13 +62,14 @@ def test_forced_but_impossible(name: str, change: dict[str, object], message: st
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"one of auto, gather.*got 'lop'; did you mean 'loop'"):
+    with pytest.raises(ValueError, match=r"one of auto, .*gather.*got 'lop'; did you mean 'loop'"):
         choose(MLP_BACKENDS, CPU, "lop")
 
 
 def test_explain_gives_a_reason_for_each_other() -> None:
     explanation = explain(MLP_BACKENDS, replace(CPU, dtype=torch.float64))
     assert explanation.chosen.name == "loop"
-    assert explanation.reasons.keys() == {"gather", "grouped_mm", "reference"}
+    others = {"decode", "gather", "grouped_mm", "reference", "triton"}
+    assert explanation.reasons.keys() == others
     assert "not torch.float64" in explanation.reasons["grouped_mm"]
     assert explanation.reasons["gather"] == "can run, expected to be slower"

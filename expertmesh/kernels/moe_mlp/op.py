@@ -3,16 +3,25 @@
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.activations import Activation, resolve_activation
+from expertmesh.kernels.activations import Activation, known_activation, resolve_activation
 from expertmesh.kernels.backends import Problem, choose
 from expertmesh.kernels.dtypes import autocast_dtype, without_autocast
+from expertmesh.kernels.moe_mlp.decode import DecodeMLP
 from expertmesh.kernels.moe_mlp.gather import GatherMLP
 from expertmesh.kernels.moe_mlp.grouped import GroupedMLP
 from expertmesh.kernels.moe_mlp.loop import LoopMLP
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
 from expertmesh.kernels.moe_mlp.reference import ReferenceMLP
+from expertmesh.kernels.moe_mlp.triton import TritonMLP
 
-MLP_BACKENDS: tuple[MLPBackend, ...] = (GatherMLP(), GroupedMLP(), LoopMLP(), ReferenceMLP())
+MLP_BACKENDS: tuple[MLPBackend, ...] = (
+    DecodeMLP(),
+    GatherMLP(),
+    TritonMLP(),
+    GroupedMLP(),
+    LoopMLP(),
+    ReferenceMLP(),
+)
 """Most specialised first: ``auto`` takes the first that can run the problem and suits it."""
 
 
@@ -44,8 +53,9 @@ def moe_mlp(
         down: ``(E, D, F)``.
         up_bias: ``up``'s shape without D, or None.
         down_bias: ``(E, D)``, or None.
-        activation: A name (silu, gelu, gelu_tanh, relu) or an elementwise callable.
-        backend: ``"auto"``, or one of gather, grouped_mm, loop, reference.
+        activation: A name (silu, gelu, gelu_tanh, relu, relu2) or an elementwise callable.
+        backend: ``"auto"``, or one of decode, gather, triton, grouped_mm,
+            loop, reference.
 
     Returns:
         ``(R, D)`` in x's dtype. An expert without rows gets a zero gradient.
@@ -61,19 +71,19 @@ def moe_mlp(
             x_RD.to(dtype),
             expert_RK,
             weight_RK,
-            up.to(dtype).flatten(1, -2),
+            up.to(dtype),
             down.to(dtype),
-            None if up_bias is None else up_bias.to(dtype).flatten(1),
+            None if up_bias is None else up_bias.to(dtype),
             None if down_bias is None else down_bias.to(dtype),
         )
         wide = torch.promote_types(torch.float32, dtype)
         sum_dtype = torch.promote_types(wide, weight_RK.dtype)
         gated = up.dim() == 4
         spec = MLPSpec(resolve_activation(activation), gated, x_RD.dtype, sum_dtype)
-        return choose(MLP_BACKENDS, _problem(operands), backend).run(operands, spec)
+        return choose(MLP_BACKENDS, _problem(operands, spec), backend).run(operands, spec)
 
 
-def _problem(operands: MLPOperands) -> Problem:
+def _problem(operands: MLPOperands, spec: MLPSpec) -> Problem:
     device = operands.x_RD.device
     compiling = torch.compiler.is_compiling()
     wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
@@ -86,6 +96,7 @@ def _problem(operands: MLPOperands) -> Problem:
         dim=operands.down_EDF.shape[1],
         hidden=operands.down_EDF.shape[2],
         needs_grad=wanted and torch.is_grad_enabled(),
+        activation=known_activation(spec.activation),
         compiling=compiling,
         capturing=on_stream and torch.cuda.is_current_stream_capturing(),
     )

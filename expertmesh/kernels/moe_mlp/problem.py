@@ -29,29 +29,39 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class MLPOperands:
-    """Tensors in the dtype of the matrix products, gate and up flattened: H is F or 2 F.
+    """Tensors in the dtype of the matrix products; H is F, or 2 F with the gate first.
 
     Attributes:
         x_RD: Rows.
         expert_RK: Expert ids, E for a sentinel.
         weight_RK: Combine weights, float32 or wider.
-        up_EHD: First projection.
+        up: First projection, ``(E, F, D)``, or ``(E, 2, F, D)`` of any strides if gated.
         down_EDF: Second projection.
-        up_bias_EH: Bias of the first projection, or None.
+        up_bias: Bias of the first projection, ``up``'s shape without D, or None.
         down_bias_ED: Bias of the second projection, or None.
     """
 
     x_RD: Tensor
     expert_RK: Tensor
     weight_RK: Tensor
-    up_EHD: Tensor
+    up: Tensor
     down_EDF: Tensor
-    up_bias_EH: Tensor | None
+    up_bias: Tensor | None
     down_bias_ED: Tensor | None
 
     @property
     def num_experts(self) -> int:
-        return self.up_EHD.shape[0]
+        return self.up.shape[0]
+
+    @property
+    def up_EHD(self) -> Tensor:
+        """The first projection with gate and up flattened; a copy where strides forbid a view."""
+        return self.up.flatten(1, -2)
+
+    @property
+    def up_bias_EH(self) -> Tensor | None:
+        """The first projection's bias, flattened."""
+        return None if self.up_bias is None else self.up_bias.flatten(1)
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

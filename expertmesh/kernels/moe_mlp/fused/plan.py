@@ -1,0 +1,160 @@
+"""Tiles and providers of the fused products: measured ones for known shapes, a rule for others.
+
+Nothing is measured while a model runs: the choice is a function of the shapes alone, so results
+are too. ``benchmarks/tune_fused.py`` measures the candidates and writes the table that is shipped.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHIPPED = Path(__file__).with_name("h200.json")
+
+_MANY_ROWS = 64  # per expert; below, tiles of 128 rows are mostly empty
+_WIDE_SUM = 2048  # columns from which a gathered copy costs less than gathering in the product
+_MOST_GROUPS = 1024  # where grouped_mm leaves its fast path
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its product.
+
+    Attributes:
+        columns: Columns of the output tile; of the up projection, of both halves together.
+        depth: Elements of the summed dim per step.
+        warps: Warps of a program.
+        stages: Steps in flight.
+        per_sm: Programs on a multiprocessor.
+        group: Row tiles that sweep the columns together.
+        rows: Rows of the output tile, where it is not the plan's.
+        chunks: Parts in which the elementwise work behind a product is done.
+        registers: Limit per thread, or None.
+        flatten: Whether the next tile's loads start before this one is stored.
+    """
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    per_sm: int = 1
+    group: int = 8
+    rows: int = 128
+    chunks: int = 1
+    registers: int | None = None
+    flatten: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One tile for each product; None leaves it to ``torch.nn.functional.grouped_mm``.
+
+    A gradient of matrices that is left to it costs a gathered copy of the rows.
+
+    Attributes:
+        rows: Rows of a tile of grouped rows.
+        up: Up projection.
+        down: Down projection.
+        dhidden: Gradient of the pre-activation.
+        dx: Gradient of the rows.
+        dup: Gradient of the up projection's matrices.
+        ddown: Gradient of the down projection's matrices.
+    """
+
+    rows: int
+    up: Tile
+    down: Tile | None
+    dhidden: Tile
+    dx: Tile | None
+    dup: Tile | None
+    ddown: Tile | None
+
+
+def plan_for(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_experts: int,
+    num_assignments: int,
+    dim: int,
+    hidden: int,
+    parts: int,
+) -> Plan:
+    """The plan of a shape: the rule's, with what was measured for it on this device put in.
+
+    Args:
+        device: Where it runs.
+        dtype: Of the products.
+        num_experts: E.
+        num_assignments: N.
+        dim: D.
+        hidden: F.
+        parts: 2 for gated experts, else 1.
+    """
+    rows = 128 if num_assignments >= _MANY_ROWS * num_experts else 64
+    plan = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
+    if rows == 128 and dtype == torch.bfloat16 and parts == 2 and device.type == "cuda":
+        changes = _shipped(_device_name(device.index)).get(f"{dim}x{hidden}", {})
+        plan = replace(plan, **{name: _tile(fields) for name, fields in changes.items()})
+    if num_experts >= _MOST_GROUPS:
+        sums = default_plan(torch.float16, rows, dim=dim, hidden=hidden, parts=parts)
+        plan = replace(plan, dup=plan.dup or sums.dup, ddown=plan.ddown or sums.ddown)
+    return plan
+
+
+def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts: int) -> Plan:
+    """What a shape without measurements gets: what won most often on an H200.
+
+    Tiles of 128 x 256 x 64 whose loads run ahead of the stores; two smaller programs on a
+    multiprocessor where the work behind the product is long; for the sums over rows, gathers on
+    the narrow side, or a gathered copy where it is small beside the product. float32 is cut into
+    three TF32 products, which take more of everything.
+    """
+    if dtype == torch.float32:
+        small = Tile(columns=64, depth=32, warps=4, stages=2, rows=64)
+        return Plan(rows=64, up=small, down=small, dhidden=small, dx=small, dup=small, ddown=small)
+    tile = Tile(columns=256, depth=64, warps=8, stages=3, rows=rows, flatten=True)
+    columns = _fit(hidden, 128)
+    dhidden = replace(
+        tile, columns=columns, per_sm=2, chunks=columns // 32, registers=128, flatten=False
+    )
+    sums = Tile(
+        columns=_fit(dim, 128), depth=64, warps=8, stages=5, rows=_fit(hidden, 256), group=4
+    )
+    copied = _WIDE_SUM if dtype == torch.bfloat16 else math.inf
+    return Plan(
+        rows=rows,
+        up=replace(tile, columns=_fit(parts * hidden, 256)),
+        down=replace(tile, columns=_fit(dim, 256)),
+        dhidden=dhidden,
+        dx=replace(tile, columns=_fit(dim, 256)),
+        dup=None if parts * hidden >= copied else sums,
+        ddown=None if hidden >= copied else sums,
+    )
+
+
+def _fit(width: int, most: int) -> int:
+    """The power of two that covers a width, from 64 to ``most``."""
+    return min(most, max(64, 1 << (width - 1).bit_length()))
+
+
+@cache
+def _device_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@cache
+def _shipped(device_name: str) -> dict[str, dict[str, Any]]:
+    if not SHIPPED.exists():
+        return {}
+    content: dict[str, Any] = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    known: dict[str, dict[str, Any]] = content["plans"] if content["device"] == device_name else {}
+    return known
+
+
+def _tile(fields: dict[str, Any] | None) -> Tile | None:
+    return None if fields is None else Tile(**fields)

@@ -1,0 +1,121 @@
+"""What only moves memory: gathers, and sums in a fixed order over choices, blocks and rows."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_kernel(
+    rows_ptr,
+    order_ptr,
+    offset_ptr,
+    out_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``out[n] = rows[order[n] // K]`` for every position that has an assignment."""
+    position = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if position < tl.load(offset_ptr + NUM_EXPERTS):
+        token = (tl.load(order_ptr + position) // CHOICES).to(tl.int64)
+        row = tl.load(rows_ptr + token * WIDTH + column, mask=column < WIDTH)
+        out_ptrs = out_ptr + position.to(tl.int64) * WIDTH + column
+        tl.store(out_ptrs, row, mask=column < WIDTH)
+
+
+@triton.jit
+def gather_sum_kernel(
+    rows_ptr,
+    inverse_ptr,
+    weight_ptr,
+    expert_ptr,
+    bias_ptr,
+    out_ptr,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``out[r] = sum_k weight[r, k] (rows[inverse[r, k]] + bias[expert[r, k]])`` in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for choice in tl.static_range(CHOICES):
+        position = tl.load(inverse_ptr + row * CHOICES + choice).to(tl.int64)
+        valid = position >= 0
+        real = column < tl.where(valid, WIDTH, 0)
+        value = tl.load(rows_ptr + position * WIDTH + column, mask=real, other=0)
+        value = value.to(tl.float32)
+        if HAS_BIAS:
+            expert = tl.load(expert_ptr + row * CHOICES + choice)
+            bias = tl.load(bias_ptr + expert * WIDTH + column, mask=real, other=0)
+            value += bias.to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + row * CHOICES + choice).to(tl.float32)
+            value *= tl.where(valid, weight, 0)
+        total += value
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * WIDTH + column, out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_assignments"])
+def share_sum_kernel(
+    share_ptr,
+    inverse_ptr,
+    out_ptr,
+    num_assignments,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradient of the combine weights from the shares of ``BLOCKS`` column blocks; 0 if none."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < num_assignments
+    position = tl.load(inverse_ptr + place, mask=inside, other=-1).to(tl.int64)
+    block = tl.arange(0, COLUMNS)
+    mask = (position >= 0)[:, None] & (block < BLOCKS)[None, :]
+    share = tl.load(share_ptr + position[:, None] * BLOCKS + block[None, :], mask=mask, other=0)
+    tl.store(out_ptr + place, tl.sum(share, axis=1).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expert_sum_kernel(
+    rows_ptr,
+    order_ptr,
+    weight_ptr,
+    offset_ptr,
+    out_ptr,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATHERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sum of each expert's rows: grouped rows, or if ``GATHERED`` weighted rows by token."""
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(offset_ptr + expert)
+    stop = tl.load(offset_ptr + expert + 1)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in tl.range(start, stop, ROWS):
+        position = begin + tl.arange(0, ROWS)
+        real = position < stop
+        mask = real[:, None] & (column < WIDTH)[None, :]
+        if GATHERED:
+            assignment = tl.load(order_ptr + position, mask=real, other=0)
+            source = assignment // CHOICES
+        else:
+            source = position
+        rows_ptrs = rows_ptr + source.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        rows = tl.load(rows_ptrs, mask=mask, other=0).to(tl.float32)
+        if GATHERED:
+            weight = tl.load(weight_ptr + assignment, mask=real, other=0).to(tl.float32)
+            rows *= weight[:, None]
+        total += rows
+    out_ptrs = out_ptr + expert.to(tl.int64) * WIDTH + column
+    result = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, result, mask=column < WIDTH)

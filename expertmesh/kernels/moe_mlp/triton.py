@@ -1,0 +1,244 @@
+"""Fused kernels for training on Hopper: gathers, activation and its gradient inside the products.
+
+Two operations of the library and one autograd function over them, which ``torch.compile`` traces
+without looking inside. Triton is imported when they run. They are defined with
+``torch.library.define``: ``custom_op`` imports the compiler at the first call.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertmesh.kernels.activations import known_activation
+from expertmesh.kernels.backends import Problem
+from expertmesh.kernels.dtypes import without_autocast
+from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+from expertmesh.kernels.triton_support import triton_refusal
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
+ALIGNMENT = 16
+"""Bytes; the copy engine moves tiles whose rows start at multiples of it."""
+_MOST_EXPERTS = 4095  # their counts, sentinel included, are one program's to sort
+_FEWEST_ROWS_PER_EXPERT = 8  # below, tiles of 64 rows are mostly empty
+
+
+class TritonMLP(MLPBackend):
+    """Grouped products with everything between them fused; bitwise reproducible."""
+
+    name: ClassVar[str] = "triton"
+    summary: ClassVar[str] = "fused Triton kernels for training; Hopper GPUs, 16 and 32 bits"
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.activation not in ACTIVATIONS:
+            return f"its activations are {', '.join(ACTIVATIONS)}"
+        if problem.dtype not in DTYPES:
+            return f"it takes bfloat16, float16 and float32, not {problem.dtype}"
+        if problem.num_experts > _MOST_EXPERTS:
+            return f"it takes at most {_MOST_EXPERTS} experts, got {problem.num_experts}"
+        return _misaligned(problem) or _device_refusal(problem)
+
+    def suits(self, problem: Problem) -> bool:
+        """For many rows: with few, reading the weights is what takes time."""
+        many = problem.num_assignments >= _FEWEST_ROWS_PER_EXPERT * problem.num_experts
+        narrow = problem.dtype != torch.float32
+        return problem.device.type == "cuda" and narrow and (many or problem.needs_grad)
+
+    def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
+        wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
+        up, up_bias = operands.up, operands.up_bias
+        return _FusedFunction.apply(
+            operands.x_RD,
+            operands.weight_RK,
+            up if spec.gated else up.unsqueeze(1),
+            operands.down_EDF,
+            up_bias if spec.gated or up_bias is None else up_bias.unsqueeze(1),
+            operands.down_bias_ED,
+            operands.expert_RK,
+            spec,
+            wanted and torch.is_grad_enabled(),
+        )
+
+
+def _misaligned(problem: Problem) -> str | None:
+    for name, width in (("dim", problem.dim), ("hidden", problem.hidden)):
+        if width * problem.dtype.itemsize % ALIGNMENT != 0:
+            multiple = ALIGNMENT // problem.dtype.itemsize
+            return f"{name} must be a multiple of {multiple} for {problem.dtype}, got {width}"
+    return None
+
+
+def _device_refusal(problem: Problem) -> str | None:
+    refusal = triton_refusal(problem.device)
+    if refusal is not None or problem.device.type == "cpu":
+        return refusal
+    major, minor = torch.cuda.get_device_capability(problem.device)
+    if major != 9:
+        return f"its kernels are for compute capability 9, this device has {major}.{minor}"
+    return None
+
+
+class _FusedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weight_RK: Tensor,
+        up_EPFD: Tensor,
+        down_EDF: Tensor,
+        up_bias: Tensor | None,
+        down_bias_ED: Tensor | None,
+        expert_RK: Tensor,
+        spec: MLPSpec,
+        keep: bool,
+    ) -> Tensor:
+        name = known_activation(spec.activation)
+        y_RD, *kept = torch.ops.expertmesh.fused_mlp(
+            x_RD,
+            expert_RK,
+            weight_RK,
+            up_EPFD,
+            down_EDF,
+            up_bias,
+            down_bias_ED,
+            name,
+            spec.out_dtype,
+            keep,
+        )
+        if keep:
+            operands = (x_RD, weight_RK, up_EPFD, down_EDF, up_bias, down_bias_ED)
+            ctx.save_for_backward(*operands, *kept)
+            ctx.activation = name
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[:6])
+        with without_autocast(dy_RD.device.type):
+            grads = torch.ops.expertmesh.fused_mlp_backward(
+                dy_RD, *ctx.saved_tensors, ctx.activation, wanted
+            )
+        return (
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            *[None] * 3,
+        )
+
+
+_LAYOUT = "Tensor order, Tensor inverse, Tensor offset, Tensor longest, Tensor tile, Tensor tiles"
+torch.library.define(
+    "expertmesh::fused_mlp",
+    "(Tensor x, Tensor expert, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, "
+    "Tensor? down_bias, str activation, ScalarType out_dtype, bool keep) "
+    f"-> (Tensor y, Tensor pre, {_LAYOUT})",
+)
+torch.library.define(
+    "expertmesh::fused_mlp_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, "
+    f"Tensor? down_bias, Tensor pre, {_LAYOUT}, str activation, bool[] wanted) "
+    "-> (Tensor dx, Tensor dweight, Tensor dup, Tensor ddown, Tensor dup_bias, Tensor ddown_bias)",
+)
+
+
+@torch.library.impl("expertmesh::fused_mlp", "CompositeExplicitAutograd")
+def _fused_mlp(
+    x_RD: Tensor,
+    expert_RK: Tensor,
+    weight_RK: Tensor,
+    up_EPFD: Tensor,
+    down_EDF: Tensor,
+    up_bias: Tensor | None,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    from expertmesh.kernels.moe_mlp.fused import run
+
+    y_RD, pre_NH, layout = run.forward(
+        x_RD.contiguous(),
+        expert_RK.contiguous(),
+        weight_RK.contiguous(),
+        _with_whole_rows(up_EPFD),
+        down_EDF.contiguous(),
+        None if up_bias is None else up_bias.contiguous(),
+        None if down_bias_ED is None else down_bias_ED.contiguous(),
+        activation,
+        out_dtype,
+        keep=keep,
+    )
+    return (y_RD, pre_NH, *layout)
+
+
+@torch.library.impl("expertmesh::fused_mlp_backward", "CompositeExplicitAutograd")
+def _fused_mlp_backward(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    weight_RK: Tensor,
+    up_EPFD: Tensor,
+    down_EDF: Tensor,
+    up_bias: Tensor | None,
+    down_bias_ED: Tensor | None,
+    pre_NH: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    from expertmesh.kernels.moe_mlp.fused import run
+    from expertmesh.kernels.moe_mlp.fused.metadata import Layout
+
+    *layout, activation, wanted = rest
+    return tuple(
+        run.backward(
+            dy_RD.to(x_RD.dtype).contiguous(),
+            x_RD.contiguous(),
+            weight_RK.contiguous(),
+            _with_whole_rows(up_EPFD),
+            down_EDF.contiguous(),
+            None if up_bias is None else up_bias.contiguous(),
+            None if down_bias_ED is None else down_bias_ED.contiguous(),
+            pre_NH,
+            Layout(*layout),
+            activation,
+            wanted,
+        )
+    )
+
+
+def _with_whole_rows(up_EPFD: Tensor) -> Tensor:
+    """Itself where the copy engine can read its rows: any order of gate and up, without a copy."""
+    whole = up_EPFD.stride(-1) == 1 and all(
+        stride * up_EPFD.itemsize % ALIGNMENT == 0 for stride in up_EPFD.stride()[:-1]
+    )
+    return up_EPFD if whole else up_EPFD.contiguous()
+
+
+@torch.library.register_fake("expertmesh::fused_mlp")
+def _fused_mlp_fake(
+    x_RD: Tensor,
+    expert_RK: Tensor,
+    weight_RK: Tensor,
+    up_EPFD: Tensor,
+    down_EDF: Tensor,
+    up_bias: Tensor | None,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    from expertmesh.kernels.moe_mlp.fused import run
+
+    _, parts, hidden, _ = up_EPFD.shape
+    pre_NH = x_RD.new_empty((expert_RK.numel(), parts * hidden) if keep else (0,))
+    layout = run.unwritten_layout(x_RD, expert_RK, up_EPFD)
+    return (torch.empty_like(x_RD, dtype=out_dtype), pre_NH, *layout)
+
+
+@torch.library.register_fake("expertmesh::fused_mlp_backward")
+def _fused_mlp_backward_fake(dy_RD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    operands: Sequence[Tensor | None] = rest[:6]
+    return tuple(
+        torch.empty_like(operand) if want and operand is not None else dy_RD.new_empty(0)
+        for operand, want in zip(operands, rest[-1], strict=True)
+    )

@@ -1,0 +1,172 @@
+"""The fused kernels in Triton's interpreter against the definition in float64.
+
+Tiles are small, so that small problems have many of them, with tails in every direction. bfloat16
+is left to the tests on a GPU: the interpreter multiplies it wrongly.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from expertmesh.kernels.moe_mlp.fused import run as fused_run
+from expertmesh.kernels.moe_mlp.fused.plan import Plan, Tile
+from expertmesh.testing import assert_close
+from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run
+
+TILE = Tile(columns=32, depth=16, warps=4, stages=2, group=2, rows=16)
+PLAN = Plan(
+    rows=16,
+    up=TILE,
+    down=TILE,
+    dhidden=replace(TILE, chunks=2),
+    dx=replace(TILE, depth=32),
+    dup=TILE,
+    ddown=TILE,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_run, "plan_for", lambda *args, **kwargs: PLAN)
+
+
+def case_of(**changes: object) -> Case:
+    return make_case(**{"dim": 40, "hidden": 24, "dtype": torch.float32, **changes})
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_matches_reference(activation: str, gated: bool) -> None:
+    assert_equal_to_reference(case_of(rows=40, gated=gated, activation=activation), "triton")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"rows": 0},
+        {"rows": 1, "k": 1, "sentinels": 0.0},
+        {"num_experts": 1, "sentinels": 0.0},
+        {"sentinels": 1.0},
+        {"dim": 8, "hidden": 80, "bias": False},
+        {"dim": 16, "hidden": 16, "rows": 64, "num_experts": 2, "k": 1, "sentinels": 0.0},
+    ],
+    ids=str,
+)
+def test_corners(shape: dict[str, int | float]) -> None:
+    assert_equal_to_reference(case_of(**shape), "triton")
+
+
+def test_float16() -> None:
+    assert_equal_to_reference(case_of(rows=40, dtype=torch.float16), "triton", 2e-3)
+
+
+def test_large_values() -> None:
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        case = case_of(bias=False, activation=activation)
+        large = replace(case, x=case.x * 1e12, down=case.down * 1e-12)
+        assert_equal_to_reference(large, "triton")
+
+
+def test_sentinels_contribute_nothing_whatever_they_hold() -> None:
+    case = case_of(rows=6, k=2, sentinels=0.0)
+    case.expert[0], case.expert[1, 0] = 6, 6
+    clean = run(case, "triton")
+    x, weight = case.x.clone(), case.weight.clone()
+    x[0], weight[0], weight[1, 0] = float("nan"), float("nan"), float("inf")
+    dirty = run(replace(case, x=x, weight=weight), "triton")
+    for name, value in clean.items():
+        assert torch.equal(value, dirty[name]), name
+
+
+def test_idle_expert_has_zero_gradient() -> None:
+    case = case_of()
+    assert not (case.expert == 1).any()
+    for name, value in run(case, "triton").items():
+        if name in ("dup", "ddown", "dup_bias", "ddown_bias"):
+            assert value[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "up", "down", "up_bias", "down_bias"])
+def test_one_gradient_alone(wanted: str) -> None:
+    case = case_of()
+    leaves = {name: value.clone() for name, value in case.tensors.items()}
+    leaves[wanted].requires_grad_()
+    (grad,) = torch.autograd.grad(call(case, leaves, "triton"), leaves[wanted], case.dy)
+    assert_close(wanted, grad, run(case, "reference")[f"d{wanted}"])
+
+
+def test_interleaved_gate_and_up_are_read_in_place() -> None:
+    """A parameter ``(E, F, 2, D)`` passed as ``(E, 2, F, D)``; its gradient has its strides."""
+    case = case_of()
+    up = case.up.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not up.is_contiguous()
+    leaves = {**case.tensors, "up": up.requires_grad_()}
+    y = call(case, leaves, "triton")
+    (dup,) = torch.autograd.grad(y, up, case.dy)
+    assert dup.stride() == up.stride()
+    expected = run(case, "reference")
+    assert_close("y", y, expected["y"])
+    assert_close("dup", dup, expected["dup"])
+
+
+def test_strided_inputs() -> None:
+    case = case_of()
+    strided = replace(
+        case,
+        x=case.x.t().contiguous().t(),
+        weight=case.weight.t().contiguous().t(),
+        expert=case.expert.t().contiguous().t(),
+        up=case.up.mT.contiguous().mT,
+        dy=case.dy[:, :1].expand_as(case.dy),
+    )
+    assert_equal_to_reference(strided, "triton")
+
+
+def test_second_derivative_is_refused() -> None:
+    case = case_of()
+    x = case.x.clone().requires_grad_()
+    y = call(case, {**case.tensors, "x": x}, "triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_compiles_as_one_graph() -> None:
+    case = case_of()
+    expected = run(case, "reference")
+    leaves = {name: value.requires_grad_() for name, value in case.tensors.items()}
+    function = torch.compile(
+        lambda: call(case, leaves, "triton"), backend="aot_eager", fullgraph=True
+    )
+    y = function()
+    assert_close("y", y, expected["y"])
+    grads = torch.autograd.grad(y, list(leaves.values()), case.dy)
+    for name, grad in zip(leaves, grads, strict=True):
+        assert_close(name, grad, expected[f"d{name}"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_fake_forward_has_the_shapes_of_the_real(keep: bool) -> None:
+    case = case_of()
+    up_bias, down_bias = case.up_bias, case.down_bias
+    arguments = (
+        case.x, case.expert, case.weight, case.up, case.down, up_bias, down_bias,
+        "silu", torch.float32, keep,
+    )  # fmt: skip
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.expertmesh.fused_mlp.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 5}, r"dim must be a multiple of 4 for torch.float32, got 5"),
+        ({"hidden": 7}, r"hidden must be a multiple of 4 for torch.float32, got 7"),
+        ({"dtype": torch.float64}, r"it takes bfloat16, float16 and float32, not torch.float64"),
+        ({"activation": torch.sigmoid}, r"its activations are gelu, gelu_tanh, relu, relu2, silu"),
+    ],
+)
+def test_refusals(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(case_of(**change), "triton")

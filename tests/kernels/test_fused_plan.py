@@ -1,0 +1,60 @@
+"""Plans of shapes, shipped and by rule."""
+
+import json
+
+import pytest
+import torch
+
+from expertmesh.kernels.moe_mlp.fused import plan
+from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Plan, Tile, default_plan, plan_for
+
+SHARED_MEMORY = 227 * 1024
+TABLE = json.loads(SHIPPED.read_text(encoding="utf-8"))
+SHAPES = [tuple(map(int, name.split("x"))) for name in TABLE["plans"]]
+
+
+def plan_on(name: str, dtype: torch.dtype, rows: int, dim: int, hidden: int) -> Plan:
+    plan._device_name.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda index: name)
+        sizes = {"num_experts": 8, "num_assignments": 8 * rows, "dim": dim, "hidden": hidden}
+        chosen = plan_for(torch.device("cuda", 0), dtype, parts=2, **sizes)
+    plan._device_name.cache_clear()
+    return chosen
+
+
+def test_six_shapes_are_shipped() -> None:
+    assert set(SHAPES) == {
+        (2048, 1024), (2048, 768), (1536, 256), (4096, 14336), (2048, 1408), (2048, 8192)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "hidden"), SHAPES)
+def test_shipped_plans_replace_the_rule(dim: int, hidden: int) -> None:
+    chosen = plan_on(TABLE["device"], torch.bfloat16, 4096, dim, hidden)
+    for product, fields in TABLE["plans"][f"{dim}x{hidden}"].items():
+        assert getattr(chosen, product) == (None if fields is None else Tile(**fields))
+    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == default_plan(
+        torch.bfloat16, 128, dim=dim, hidden=hidden, parts=2
+    )
+
+
+def test_few_rows_take_low_tiles() -> None:
+    dim, hidden = SHAPES[0]
+    assert plan_on(TABLE["device"], torch.bfloat16, 16, dim, hidden).rows == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("dim", "hidden"), [*SHAPES, (16, 16), (96, 40)])
+def test_tiles_fit_shared_memory(dtype: torch.dtype, parts: int, dim: int, hidden: int) -> None:
+    for rows in (64, 128):
+        chosen = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
+        for product in ("up", "down", "dhidden", "dx", "dup", "ddown"):
+            tile = getattr(chosen, product)
+            if tile is None:
+                continue
+            buffers = tile.stages if product not in ("dup", "ddown") else (tile.stages + 1) // 2
+            step = (tile.rows + tile.columns) * tile.depth * dtype.itemsize
+            assert step * buffers * tile.per_sm <= SHARED_MEMORY, product
+            assert tile.rows == chosen.rows or product in ("dup", "ddown")

@@ -1,0 +1,256 @@
+"""The router's operations under Triton's interpreter against their definition in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertmesh.kernels.router import (
+    router_choose,
+    router_count,
+    router_gates,
+    router_logits,
+    router_select,
+    serves,
+)
+from expertmesh.kernels.router.reference import (
+    reference_choose,
+    reference_gates,
+    reference_logits,
+)
+from expertmesh.metrics import RoutingMeter
+from expertmesh.random import RandomKey
+from expertmesh.routing import (
+    ROUTER_PRESETS,
+    Capacity,
+    Routing,
+    TopKRouter,
+    router_preset,
+    topk,
+)
+from expertmesh.testing import assert_close
+
+SHAPES = [(1, 8, 4, 1), (5, 24, 6, 2), (70, 40, 9, 9), (150, 40, 16, 8)]
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_as_exact_as_float32(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    T, D, E, _ = shape
+    x = normal(T, D, seed=0).bfloat16().requires_grad_()
+    weight = normal(E, D, seed=1).to(dtype).requires_grad_()
+    logits, dlogits = router_logits(x, weight), normal(T, E, seed=2)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = reference_logits(*wide)
+    assert_close("logits", logits, expected.float(), 1e-6)
+    dx, dweight = torch.autograd.grad(logits, (x, weight), dlogits)
+    exact = torch.autograd.grad(expected, wide, dlogits.double())
+    assert_close("dx", dx, exact[0].bfloat16(), 1e-3)  # rounded once, as the expected value is
+    assert_close("dweight", dweight, exact[1].to(dtype), 1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_gradient_alone(wanted: int) -> None:
+    given = [normal(9, 8, seed=0).bfloat16(), normal(4, 8, seed=1)]
+    given[wanted].requires_grad_()
+    (grad,) = torch.autograd.grad(router_logits(*given).sum(), given[wanted])
+    assert grad.shape == given[wanted].shape
+    assert grad.dtype == given[wanted].dtype
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_choose_matches_reference(shape: tuple[int, int, int, int], sigmoid: bool) -> None:
+    T, _, E, K = shape
+    logits = normal(T, E, seed=3)
+    assert torch.equal(
+        router_choose(logits, K, sigmoid), reference_choose(logits.double(), K, sigmoid)
+    )
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_ties_go_to_the_lowest_index(sigmoid: bool) -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0, -0.0, 0.0, -0.0, 0.0]])
+    assert router_choose(logits, 4, sigmoid).tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+    # Scores tie where logits differ: all of these sigmoids are 1 in float32.
+    assert router_choose(torch.tensor([[30.0, 50.0, 90.0]]), 2, True).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e30])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_large_logits(scale: float, sigmoid: bool) -> None:
+    logits = normal(20, 6, seed=4) * scale
+    chosen = router_choose(logits, 2, sigmoid)
+    assert torch.equal(chosen, reference_choose(logits, 2, sigmoid))
+    rule = {"sigmoid": sigmoid, "renormalize": True, "scale": 1.0}
+    for got, want in zip(
+        router_gates(logits, chosen, **rule), reference_gates(logits, chosen, **rule), strict=True
+    ):
+        assert_close("", got, want)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(
+    ("from_scores", "from_gates"), [(False, True), (True, False), (True, True)]
+)
+def test_gates_match_reference(
+    shape: tuple[int, int, int, int],
+    sigmoid: bool,
+    renormalize: bool,
+    from_scores: bool,
+    from_gates: bool,
+) -> None:
+    T, _, E, K = shape
+    logits = normal(T, E, seed=5).requires_grad_()
+    chosen = reference_choose(logits.detach(), K, sigmoid)
+    chosen[::3, -1] = E
+    chosen[1:2] = E
+    rule = {"sigmoid": sigmoid, "renormalize": renormalize, "scale": 1.7}
+    wide = logits.detach().double().requires_grad_()
+    score, gate, load = router_gates(logits, chosen, **rule)
+    expected = reference_gates(wide, chosen, **rule)
+    assert_close("score", score, expected[0].float(), 1e-6)
+    assert_close("gate", gate, expected[1].float(), 1e-6)
+    assert torch.equal(load, expected[2])
+    pairs = ((score, expected[0], from_scores), (gate, expected[1], from_gates))
+    got, want = (
+        sum((pair[i] * normal(*pair[i].shape, seed=6)).sum() for pair in pairs if pair[2])
+        for i in (0, 1)
+    )
+    (dlogits,) = torch.autograd.grad(got, logits)
+    (exact,) = torch.autograd.grad(want, wide)
+    assert_close("dlogits", dlogits, exact.float(), 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_select_is_choose_and_gates(
+    shape: tuple[int, int, int, int], sigmoid: bool, renormalize: bool
+) -> None:
+    T, _, E, K = shape
+    logits = normal(T, E, seed=10)
+    rule = {"sigmoid": sigmoid, "renormalize": renormalize, "scale": 0.7}
+    chosen, *rest = router_select(logits, K, **rule)
+    assert torch.equal(chosen, reference_choose(logits.double(), K, sigmoid))
+    expected = reference_gates(logits.double(), chosen, **rule)
+    for name, got, want in zip(("score", "gate", "load"), rest, expected, strict=True):
+        assert_close(name, got, want.to(got.dtype), 1e-6)
+
+
+def test_scores_of_nothing_chosen_have_no_gradient_through_gates() -> None:
+    logits = normal(3, 4, seed=7).requires_grad_()
+    chosen = torch.full((3, 2), 4)
+    gate = router_gates(logits, chosen, sigmoid=True, renormalize=True, scale=1.0)[1]
+    (dlogits,) = torch.autograd.grad(gate.sum(), logits)
+    assert gate.count_nonzero() == 0
+    assert dlogits.count_nonzero() == 0
+
+
+def step(x: Tensor, weight: Tensor) -> Tensor:
+    logits = router_logits(x, weight)
+    chosen = router_choose(logits, 2, False)
+    score, gate, load = router_gates(logits, chosen, sigmoid=False, renormalize=True, scale=1.0)
+    return (gate * load[chosen]).sum() + score.square().sum() + logits.logsumexp(1).sum()
+
+
+def test_compiles_as_one_graph_with_its_gradient() -> None:
+    given = [normal(40, 8, seed=8).bfloat16().requires_grad_(), normal(4, 8, seed=9)]
+    given[1].requires_grad_()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    eager, traced = step(*given), compiled(*given)
+    assert torch.equal(eager, traced)
+    expected, actual = (torch.autograd.grad(loss, given) for loss in (eager, traced))
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_operations_describe_themselves() -> None:
+    ops, checks = torch.ops.expertmesh, ("test_schema", "test_faketensor")
+    x, weight = normal(150, 8, seed=0).bfloat16(), normal(5, 8, seed=1)
+    logits = router_logits(x, weight)
+    chosen = router_choose(logits, 2, False)
+    score, gate, _ = router_gates(logits, chosen, sigmoid=False, renormalize=True, scale=1.0)
+    for op, given in (
+        (ops.router_logits, (x, weight)),
+        (ops.router_logits, (x[:3], weight)),
+        (ops.router_logits_backward, (logits, x, weight, [True, False])),
+        (ops.router_choose, (logits, 2, True)),
+        (ops.router_select, (logits, 2, False, True, 1.0)),
+        (ops.router_gates, (logits, chosen, False, True, 1.0)),
+        (ops.router_gates_backward, (score, chosen, None, gate, False, True, 1.0)),
+    ):
+        torch.library.opcheck(op, given, test_utils=checks)
+
+
+def test_the_cpu_is_not_served() -> None:
+    assert not serves(torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("name", ROUTER_PRESETS)
+@pytest.mark.parametrize("mode", ["train", "padded", "replayed", "eval"])
+def test_a_router_is_the_same_by_kernels(
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = router_preset(name, dim=8, num_experts=16, seed=0).train(mode != "eval")
+    x = normal(24, 8, seed=11).bfloat16()
+    options: dict[str, object] = {
+        "key": RandomKey.of(0, 0, torch.arange(24)),
+        "sequence_length": 12,
+    }
+    if mode == "padded":
+        options["padding_mask"] = torch.arange(24) % 5 == 0
+    if mode == "replayed":
+        options["routing"] = router(x, **options)
+
+    def run() -> tuple[Routing, tuple[Tensor, ...]]:
+        leaf = x.clone().requires_grad_()
+        with torch.set_grad_enabled(mode != "eval"):
+            routing = router(leaf, **options)
+        if mode == "eval":
+            return routing, ()
+        loss = (routing.weight_TK * normal(*routing.weight_TK.shape, seed=12)).sum()
+        loss = loss + sum(routing.losses.values())
+        return routing, torch.autograd.grad(loss, (leaf, router.weight_ED))
+
+    expected, gradients = run()
+    monkeypatch.setattr(topk, "serves", lambda x_TD, weight_ED: True)
+    actual, by_kernels = run()
+    for field in ("chosen_TK", "expert_TK", "load_E", "dropped_TK"):
+        assert torch.equal(getattr(actual, field), getattr(expected, field)), field
+    assert_close("weights", actual.weight_TK, expected.weight_TK, 1e-6)
+    assert_close("logits", actual.logits_TE, expected.logits_TE, 1e-6)
+    for loss in expected.losses:
+        assert_close(loss, actual.losses[loss], expected.losses[loss], 1e-5)
+    for got, want, tol in zip(by_kernels, gradients, (2e-3, 1e-5), strict=False):
+        assert_close("gradient", got, want, tol)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "k", "length"), [(1, 4, 2, None), (40, 16, 8, 20), (7, 6, 1, None)]
+)
+def test_counters_in_one_launch(tokens: int, num_experts: int, k: int, length: int | None) -> None:
+    router = TopKRouter(8, num_experts, k, seed=0, capacity=Capacity(factor=1.0))
+    one_by_one = RoutingMeter(num_experts)
+    counters = one_by_one._zeros(torch.device("cpu"))
+    names = ("load", "choices", "dropped", "tokens", "entropy", "max_logit")
+    for step in range(3):
+        routing = router(normal(tokens, 8, seed=step), sequence_length=length)
+        one_by_one.count(routing, None, length)
+        router_count(
+            routing.logits_TE,
+            routing.chosen_TK,
+            routing.dropped_TK,
+            routing.load_E,
+            [counters[name] for name in names],
+            length or tokens,
+        )
+    for name, metric in one_by_one.read().items():
+        assert_close(name, counters[name], metric.value, 1e-5 if name == "entropy" else None)
