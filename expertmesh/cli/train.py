@@ -37,6 +37,12 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_file", metavar="RUN.toml", help="the run file")
+    parser.add_argument(
+        "--fake-world",
+        type=int,
+        metavar="N",
+        help="train nothing; print what each of N ranks would hold and send",
+    )
     args, overrides = parser.parse_known_args(argv)
 
     # Here, so that `expertmesh --help` does not wait for torch.
@@ -45,6 +51,11 @@ def main(argv: Sequence[str]) -> int:
     from expertmesh.train.run_file import load_run_file
 
     run = load_run_file(args.run_file, overrides)
+    if args.fake_world is not None:
+        from expertmesh.train.fake_world import describe_fake_world
+
+        print(describe_fake_world(run, args.fake_world))
+        return 0
     with joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
         return _train(run)
 

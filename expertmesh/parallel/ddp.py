@@ -51,7 +51,6 @@ def ddp(
         )
     if mesh.world == 1:
         raise UserError("DDP needs several processes, got a mesh of one; start with torchrun")
-    mesh.make_groups()
     copy_values_of_first_rank(model, mesh)
     place_experts(model, mesh, dispatch=dispatch, averaged=mesh.world)
     _leave_to_us(model)

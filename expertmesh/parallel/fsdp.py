@@ -9,7 +9,7 @@ number of target tokens, and nothing else divides.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.utils._pytree import tree_map
 
 from expertmesh.errors import UserError
 from expertmesh.parallel.experts import distinct_moe_layers, place_experts
@@ -81,7 +82,6 @@ def parallelize(
     if mesh.world == 1:
         place_experts(model, mesh, dispatch=dispatch)
         return model
-    mesh.make_groups()
     copy_values_of_first_rank(model, mesh)
     if mesh.degree("tp") > 1:
         shard_attention(model, mesh)
@@ -163,6 +163,7 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def _fully_shard(unit: _Unit, outside: set[nn.Parameter]) -> None:
     size = unit.mesh.size(unit.mesh.ndim - 1)
+    unit.module.register_forward_hook(_no_view)
 
     def placement(param: nn.Parameter) -> ShardPlacement:
         return ShardPlacement(_piece_dim(param, size))
@@ -179,6 +180,31 @@ def _fully_shard(unit: _Unit, outside: set[nn.Parameter]) -> None:
     assert isinstance(unit.module, FSDPModule)
     unit.module.set_gradient_divide_factor(1.0)
     unit.module.set_force_sum_reduction_for_comms(True)
+
+
+def _no_view(_: nn.Module, args: Any, output: Any) -> Any:
+    """Comes before FSDP's own hook, which warns of outputs that are views: it hangs hooks on them.
+
+    An operation in place on a view would lose those hooks.
+    """
+
+    def own(value: Any) -> Any:
+        is_view = isinstance(value, Tensor) and value.requires_grad and value._base is not None
+        return _Own.apply(value) if is_view else value
+
+    return tree_map(own, output)
+
+
+class _Own(torch.autograd.Function):
+    """The same values in the same place, but no view to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _piece_dim(param: Tensor, pieces: int) -> int:

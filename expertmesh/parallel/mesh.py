@@ -13,6 +13,8 @@ from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
 from expertmesh.parallel.grid import DENSE_AXES, Grid, Placement, Ranks
 
+_JOINED_AXES = (("dp", "cp"), ("cp", "tp"), ("dp", "cp", "tp"), ("ep", "etp"), DENSE_AXES)
+
 
 class Mesh:
     """Ranks laid out for dense layers and for experts.
@@ -31,8 +33,8 @@ class Mesh:
         etp: Slices of each expert's hidden units.
         placement: Whether an expert-parallel group lies ``"inside"`` a host or ``"outside"``; see
             ``expertmesh.parallel.grid.Placement``.
-        ranks: The ranks to use; None uses the whole world.
-        device_mesh: Take the ranks, in its order, from a ``DeviceMesh`` instead.
+        ranks: The ranks to use, in ascending order; None uses the whole world.
+        device_mesh: Take the ranks from a ``DeviceMesh`` instead.
         device: ``"cpu"`` or ``"cuda"``; None is that of the process group's backend.
         timeout: Seconds after which ranks that wait for each other's word give up; None is torch's
             default. Collectives on tensors have the process group's.
@@ -64,7 +66,7 @@ class Mesh:
         if device_mesh is not None:
             if ranks is not None:
                 raise UserError("give ranks or device_mesh, not both")
-            ranks = device_mesh.mesh.flatten().tolist()
+            ranks = _ranks_of(device_mesh)
             device = device_mesh.device_type if device is None else device
         started = dist.is_initialized()
         world = dist.get_world_size() if started else 1
@@ -85,32 +87,38 @@ class Mesh:
         self.device_type = _device_type(device)
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._groups: dict[tuple[str, ...], Group] = {}
+        self._process_groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
         if started:
-            self.dense = self._device_mesh(self.grid.dense, DENSE_AXES)
+            _check_order(numbers)
+            self._make_groups()
 
-    # FSDP takes a mesh of two axes to mean copies of sharded parameters. Whole copies are its
-    # case of one piece each, so the meshes that parameters are stored over have an axis "own" of
-    # one rank.
+    def _make_groups(self) -> None:
+        """Make every group that a model over this mesh may need.
 
-    @cached_property
-    def expert(self) -> DeviceMesh:
-        """``(pp, edp, own, ep, etp)``: over which experts are stored."""
-        ranks = self.grid.expert[:, :, None]
-        return self._device_mesh(ranks, ("pp", "edp", "own", "ep", "etp"))
-
-    @cached_property
-    def attention(self) -> DeviceMesh:
-        """``(pp, data, own, tp)``, data being ``(dp, cp)``: for tensor-parallel attention."""
+        All ranks of the world do this together, whatever their part of the model holds and also
+        those outside the mesh: torch makes groups collectively and names them by their number, so
+        a rank that made one group less would from then on wait for the wrong ranks.
+        """
         pp, dp, cp, tp = self.grid.dense.shape
-        return self._device_mesh(
+        self.dense = self._device_mesh(self.grid.dense, DENSE_AXES)
+        # FSDP takes a mesh of two axes to mean copies of sharded parameters. Whole copies are its
+        # case of one piece each, so the meshes that parameters are stored over have an axis "own"
+        # of one rank.
+        self.expert = self._device_mesh(
+            self.grid.expert[:, :, None], ("pp", "edp", "own", "ep", "etp")
+        )
+        self.attention = self._device_mesh(
             self.grid.dense.reshape(pp, dp * cp, 1, tp), ("pp", "data", "own", "tp")
         )
-
-    @cached_property
-    def storage(self) -> DeviceMesh:
-        """``(pp, stage, own)``: over which everything else is stored."""
-        pp = self.grid.dense.shape[0]
-        return self._device_mesh(self.grid.dense.reshape(pp, -1, 1), ("pp", "stage", "own"))
+        self.storage = self._device_mesh(self.grid.dense.reshape(pp, -1, 1), ("pp", "stage", "own"))
+        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        for names in _JOINED_AXES:
+            parts = self.grid.groups(names)
+            place = tuple(map(tuple, parts))
+            if place not in made:
+                several = len(parts[0]) > 1
+                made[place] = dist.new_subgroups_by_enumeration(parts)[0] if several else None
+            self._process_groups[names] = made[place]
 
     @property
     def world(self) -> int:
@@ -144,32 +152,30 @@ class Mesh:
     def group(self, axes: str | Sequence[str]) -> Group:
         """The ranks that differ from this one in these axes only.
 
-        Groups of one axis exist from the start; one of several is made when first asked for, by
-        all ranks of the mesh together.
-
         Args:
-            axes: One axis, or several of one grid, the slowest first.
+            axes: One axis, or several: ``(dp, cp)``, ``(cp, tp)``, ``(dp, cp, tp)``, ``(ep, etp)``
+                or all of the dense grid.
+
+        Raises:
+            UserError: If this process is not in the mesh, or no group has these axes.
         """
         names = (axes,) if isinstance(axes, str) else tuple(axes)
         if names not in self._groups:
-            ranks = tuple(self.grid.group_of(self.rank, names))
-            process_group = self._process_group(names) if len(ranks) > 1 else None
-            self._groups[names] = Group(
-                ranks, ranks.index(self.rank), process_group, self.device_type, self._timeout
-            )
+            self._groups[names] = self._group(names)
         return self._groups[names]
 
-    def make_groups(self) -> None:
-        """Make every group that a model over this mesh may need.
-
-        All ranks of the world do this together, whatever their part of the model holds: torch
-        makes groups collectively, and a rank that needed one group less would keep others waiting.
-        """
-        if self.world == 1:
-            return
-        for axes in (("dp", "cp", "tp"), ("cp", "tp"), ("ep", "etp"), DENSE_AXES):
-            self.group(axes)
-        _ = self.expert, self.attention, self.storage
+    def _group(self, names: tuple[str, ...]) -> Group:
+        if not self.member:
+            raise UserError(f"rank {self.rank} is not in {self}, and in none of its groups")
+        if len(names) > 1 and names not in _JOINED_AXES:
+            known = ", ".join(f"({', '.join(axes)})" for axes in _JOINED_AXES)
+            raise UserError(f"groups of several axes are {known}; got ({', '.join(names)})")
+        ranks = tuple(self.grid.group_of(self.rank, names))
+        process_group = None
+        if len(ranks) > 1:
+            one = len(names) == 1
+            process_group = self.submesh(names).get_group() if one else self._process_groups[names]
+        return Group(ranks, ranks.index(self.rank), process_group, self.device_type, self._timeout)
 
     def submesh(self, axes: str | Sequence[str]) -> DeviceMesh:
         """The ``DeviceMesh`` of these axes through this rank; several stay several dims."""
@@ -177,23 +183,32 @@ class Mesh:
         root = self.dense if all(name in DENSE_AXES for name in names) else self.expert
         return root[names]
 
-    def flat(self, axes: Sequence[str]) -> DeviceMesh:
-        """As ``submesh``, as one dim."""
-        names = tuple(axes)
-        sub = self.submesh(names)
-        return sub if sub.ndim == 1 else sub._flatten("_".join(names))
-
     def _device_mesh(self, ranks: Ranks, axes: tuple[str, ...]) -> DeviceMesh:
         numbers = torch.from_numpy(np.ascontiguousarray(ranks))
         return DeviceMesh(self.device_type, numbers, mesh_dim_names=axes)
 
-    def _process_group(self, names: tuple[str, ...]) -> dist.ProcessGroup:
-        mesh = self.submesh(names[0]) if len(names) == 1 else self.flat(names)
-        return mesh.get_group()
-
     def __repr__(self) -> str:
         degrees = ", ".join(f"{axis}={degree}" for axis, degree in self.grid.degrees.items())
         return f"Mesh({degrees}, placement={self.grid.placement!r})"
+
+
+def _ranks_of(device_mesh: DeviceMesh) -> list[int]:
+    ranks = device_mesh.mesh.flatten().tolist()
+    if len(ranks) != device_mesh._get_root_mesh().mesh.numel():
+        raise UserError(
+            f"device_mesh is a slice, ranks {ranks}, and other ranks have other slices; every "
+            "process makes every mesh, so give ranks=, once for each slice"
+        )
+    return ranks
+
+
+def _check_order(ranks: list[int]) -> None:
+    world = dist.get_world_size()
+    if ranks != sorted(ranks) or not all(0 <= rank < world for rank in ranks):
+        # torch sorts the ranks of a group, so another order would hold in some places only.
+        raise UserError(
+            f"ranks must be in ascending order and below the {world} of the world, got {ranks}"
+        )
 
 
 def _device_type(device: str | None) -> str:

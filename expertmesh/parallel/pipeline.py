@@ -123,12 +123,16 @@ class Pipeline:
         return plan.run(pieces, scale)
 
     def _runs(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-        """Pieces of one shape that follow each other, as many as the schedule takes at once."""
-        for _, group in itertools.groupby(pieces, key=lambda piece: piece.tokens_BS.shape):
-            same = list(group)
-            most = len(same) if self.stages.per_rank == 1 else self.group.size
-            for start in range(0, len(same), most):
-                yield same[start : start + most]
+        """Pieces of one shape that follow each other; one by one through interleaved stages.
+
+        What has one shape here may have several on other data ranks. They must all take stages
+        and micro-batches in one order, which interleaved stages would make depend on the run.
+        """
+        if self.stages.per_rank > 1:
+            yield from ([piece] for piece in pieces)
+            return
+        for _, run in itertools.groupby(pieces, key=lambda piece: piece.tokens_BS.shape):
+            yield list(run)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         if not pieces:
@@ -248,7 +252,7 @@ class _StageRunner(nn.Module):
                 f"stage {self.stage} gives activations of {y_BSD.dtype}, and the next one expects "
                 f"{self._pipeline.dtype}; set Pipeline's dtype = {y_BSD.dtype}"
             )
-        return y_BSD
+        return y_BSD.contiguous()
 
     def _before_backward(self, is_last: bool, _: Tensor) -> None:
         """Say which parameters get their last gradient of the step in this backward pass."""
