@@ -133,13 +133,14 @@ class MoE(nn.Module):
             key=key,
             routing=routing,
         )
-        sent = self.dispatcher.dispatch(x_TD, decided)
+        sent = self.dispatcher.dispatch(_rows(x_TD, decided), decided)
         y_RD = self.experts(sent.x_RD, sent.expert_RK, sent.weight_RK)
-        y_TD = self.dispatcher.combine(y_RD, sent.context)
+        y_TD = _tokens(self.dispatcher.combine(y_RD, sent.context), decided, len(x_TD))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
 
-        self.meter.count(decided, padding_T, sequence_length, self.router.population.sequence_part)
+        part = self.router.population.sequence_part
+        self.meter.count(decided, len(x_TD), padding_T, sequence_length, part)
         y_TD, decided = self._hand_over(y_TD, decided, returned=return_routing)
         y = y_TD.reshape(x.shape)
         return (y, decided) if return_routing else y
@@ -194,11 +195,27 @@ class MoE(nn.Module):
             raise UserError(
                 f"padding_mask must be bool, True for padding; got {padding_mask.dtype}"
             )
-        if routing is not None and len(routing.expert_TK) != tokens.numel():
+        by_token = routing is not None and routing.token_N is None
+        if routing is not None and by_token and len(routing.expert_TK) != tokens.numel():
             raise UserError(
                 f"routing must be recorded from as many tokens as x has, {tokens.numel()}; "
                 f"got {len(routing.expert_TK)}"
             )
+
+
+def _rows(x_TD: Tensor, routing: Routing) -> Tensor:
+    """What is to be dispatched: the tokens, or copies of those that experts chose."""
+    return x_TD if routing.token_N is None else x_TD[routing.token_N]
+
+
+def _tokens(y_ND: Tensor, routing: Routing, num_tokens: int) -> Tensor:
+    """The sum of each token's rows, in float32 or wider and a fixed order."""
+    if routing.token_N is None:
+        return y_ND
+    wide = torch.promote_types(y_ND.dtype, torch.float32)
+    total_TD = y_ND.new_zeros(num_tokens, y_ND.shape[1], dtype=wide)
+    # Unlike index_add, this adds in one order on a GPU too.
+    return total_TD.index_put((routing.token_N,), y_ND.to(wide), accumulate=True).to(y_ND.dtype)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

@@ -60,6 +60,7 @@ class RoutingMeter:
     def count(
         self,
         routing: Routing,
+        num_tokens: int,
         padding_mask: Tensor | None,
         sequence_length: int | None,
         part: tuple[int, int] = (0, 1),
@@ -68,25 +69,20 @@ class RoutingMeter:
 
         Args:
             routing: The decision.
+            num_tokens: T.
             padding_mask: bool ``(T,)``, True for padding, or None.
             sequence_length: Tokens in a sequence; without sequences all T are one.
             part: Which of how many equal parts of the sequences these tokens are.
         """
         if is_recompute():
             return
-        num_tokens = len(routing.expert_TK)
         if not self._counters:
             self._counters = self._zeros(routing.load_E.device)
         counters = self._counters
-        logits_TE = routing.logits_TE
-        if (
-            logits_TE is not None
-            and padding_mask is None
-            and part == (0, 1)
-            and counts_few(logits_TE)
-        ):
+        plain = padding_mask is None and part == (0, 1) and routing.token_N is None
+        if plain and routing.logits_TE is not None and counts_few(routing.logits_TE):
             router_count(
-                logits_TE,
+                routing.logits_TE,
                 routing.chosen_TK,
                 routing.dropped_TK,
                 routing.load_E,
@@ -96,19 +92,25 @@ class RoutingMeter:
             return
         counters["load"] += routing.load_E
         bin_T = _position_bins(num_tokens, sequence_length, part, routing.load_E.device)
+        if routing.token_N is not None:
+            bin_T = bin_T[routing.token_N]
         chosen_T = (routing.chosen_TK < routing.num_experts).sum(dim=1)
         counters["choices"].index_add_(0, bin_T, chosen_T)
         counters["dropped"].index_add_(0, bin_T, routing.dropped_TK.sum(dim=1))
         counters["tokens"] += num_tokens if padding_mask is None else (~padding_mask).sum()
         if routing.logits_TE is not None and num_tokens > 0:
-            log_p_TE = routing.logits_TE.float().log_softmax(dim=1)
-            entropy_T = -(log_p_TE.exp() * log_p_TE).sum(dim=1)
-            peak_T = routing.logits_TE.float().abs().amax(dim=1)
-            if padding_mask is not None:
-                entropy_T = torch.where(padding_mask, 0.0, entropy_T)
-                peak_T = torch.where(padding_mask, 0.0, peak_T)
-            counters["entropy"] += entropy_T.sum()
-            torch.maximum(counters["max_logit"], peak_T.amax(), out=counters["max_logit"])
+            self._count_logits(routing.logits_TE, padding_mask)
+
+    def _count_logits(self, logits_TE: Tensor, padding_mask: Tensor | None) -> None:
+        log_p_TE = logits_TE.float().log_softmax(dim=1)
+        entropy_T = -(log_p_TE.exp() * log_p_TE).sum(dim=1)
+        peak_T = logits_TE.float().abs().amax(dim=1)
+        if padding_mask is not None:
+            entropy_T = torch.where(padding_mask, 0.0, entropy_T)
+            peak_T = torch.where(padding_mask, 0.0, peak_T)
+        self._counters["entropy"] += entropy_T.sum()
+        peak = self._counters["max_logit"]
+        torch.maximum(peak, peak_T.amax(), out=peak)
 
     def read(self, *, reset: bool = True) -> dict[str, Metric]:
         """The counters since the last reset.

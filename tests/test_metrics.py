@@ -8,7 +8,8 @@ from expertmesh.routing import Capacity, TopKRouter
 def counted(router, x, **arguments):
     meter = RoutingMeter(router.num_experts)
     routing = router(x, **arguments)
-    meter.count(routing, arguments.get("padding_mask"), arguments.get("sequence_length"))
+    padding, length = arguments.get("padding_mask"), arguments.get("sequence_length")
+    meter.count(routing, len(routing.expert_TK), padding, length)
     return meter, routing
 
 

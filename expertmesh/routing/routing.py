@@ -13,6 +13,10 @@ class Routing:
     Shapes are static: a choice that is not carried out keeps its place and names expert ``E``, the
     sentinel, with weight zero.
 
+    Where tokens choose, row t of the tables is token t. Where experts choose, a token may be taken
+    by any number of them: then there are N rows of one choice each, and ``token_N`` says whose
+    they are; N stands for T in the shapes below.
+
     Attributes:
         num_experts: E.
         expert_TK: int64 ``(T, K)``; E where a choice was dropped, skipped, or belongs to padding.
@@ -24,6 +28,7 @@ class Routing:
         losses: Balance losses by name, each with its coefficient; empty in evaluation.
         most_per_expert: A bound, known without looking, on the choices in ``expert_TK`` that name
             one expert; None where there is none.
+        token_N: int64 ``(N,)``, the token of each row; None where rows are the tokens in order.
     """
 
     num_experts: int
@@ -35,6 +40,7 @@ class Routing:
     logits_TE: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     most_per_expert: int | None = None
+    token_N: Tensor | None = None
 
     @property
     def num_dropped(self) -> Tensor:
