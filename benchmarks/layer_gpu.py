@@ -4,8 +4,8 @@
 
 bfloat16, gated experts, routing by a random router over random tokens, nothing dropped. For each
 shape the forward pass without gradient and forward and backward with the gradients of the input
-and of all parameters; contenders take turns within each round; medians go to
-results/layer_gpu.json.
+and of all parameters; contenders take turns within each round, each queued behind an uncounted run
+of itself; medians go to results/layer_gpu.json.
 
 - expertmesh: ``MoE`` with the router of the shape's model and ``GatedMLPExperts``, backend auto.
 - cuBLAS bmm, GEMMs alone: batched products of the same FLOPs, every expert with as many rows.
@@ -246,12 +246,17 @@ def run_all(steps: list[Step]) -> Step:
 
 
 def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Milliseconds by step; steps take turns, and the first three rounds are not counted."""
+    """Milliseconds by step; steps take turns, and the first three rounds are not counted.
+
+    Each counted run is queued behind an uncounted one of the same step, as steps of training are:
+    what the host needs to launch shows where it takes longer than the device, not otherwise.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 3):
         events = {}
         for name, run in steps.items():
             events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            run()
             events[name][0].record()
             run()
             events[name][1].record()

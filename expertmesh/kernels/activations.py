@@ -60,7 +60,7 @@ def known_activation(activation: Activation) -> str | None:
 def activation_name(activation: Activation) -> str:
     """The name of an activation, for printing."""
     known = known_activation(activation)
-    return known or getattr(activation, "__name__", repr(activation))
+    return str(getattr(activation, "__name__", repr(activation))) if known is None else known
 
 
 def hidden_units(activation: Activation, pre: Tensor, gated: bool) -> Tensor:

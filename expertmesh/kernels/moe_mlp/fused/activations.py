@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of kernels: only its own may stand there.
 """Activations by name inside kernels, in float32, with their derivatives.
 
 Constants stand to the right of tensors: the interpreter takes a product for a constant otherwise.

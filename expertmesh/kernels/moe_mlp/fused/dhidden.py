@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of kernels: only its own may stand there.
 """Gradient of the pre-activation, and with it all that is elementwise in the backward pass."""
 
 import triton

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of kernels: only its own may stand there.
 """Where each routed row goes, in three launches and without asking the device.
 
 1. each block of assignments counts its experts;

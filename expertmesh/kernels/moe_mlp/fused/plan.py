@@ -98,8 +98,9 @@ def plan_for(
     rows = 128 if num_assignments >= _MANY_ROWS * num_experts else 64
     plan = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
     if rows == 128 and dtype == torch.bfloat16 and parts == 2 and device.type == "cuda":
-        changes = _shipped(_device_name(device.index)).get(f"{dim}x{hidden}", {})
-        plan = replace(plan, **{name: _tile(fields) for name, fields in changes.items()})
+        measured = _shipped(_device_name(device.index)).get(f"{dim}x{hidden}", {})
+        tiles: dict[str, Any] = {name: _tile(fields) for name, fields in measured.items()}
+        plan = replace(plan, **tiles)
     if num_experts >= _MOST_GROUPS:
         sums = default_plan(torch.float16, rows, dim=dim, hidden=hidden, parts=parts)
         plan = replace(plan, dup=plan.dup or sums.dup, ddown=plan.ddown or sums.ddown)

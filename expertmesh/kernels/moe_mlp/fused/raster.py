@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of kernels: only its own may stand there.
 """In which order a persistent program walks over output tiles."""
 
 import triton
