@@ -10,7 +10,7 @@ PROMPT := Good morrow, my lord.
 ARGS :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo install install-dev test test-all test-gpu lint types clean
+.PHONY: demo install install-dev test test-all test-gpu test-hosts lint types clean
 
 demo: install
 	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN) $(ARGS)
@@ -36,10 +36,15 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 test: install-dev
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not hosts"
 
 test-all: install-dev
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not hosts"
+
+# Two hosts made of network namespaces, with sshd: needs root, Debian's iproute2, openssh-server.
+test-hosts: install-dev
+	$(BIN)/python tests/hosts/possible.py
+	$(BIN)/python -m pytest -m hosts -n 0 tests/hosts
 
 test-gpu:
 	$(PYTHON) benchmarks/gpu_tests.py

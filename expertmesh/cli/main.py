@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from expertmesh import __version__
 from expertmesh.errors import UserError, nearest
 
-COMMANDS = ("train", "generate", "eval", "report", "data", "doctor")
+COMMANDS = ("train", "launch", "generate", "eval", "report", "data", "doctor")
 DEBUG = "EXPERTMESH_DEBUG"
 
 

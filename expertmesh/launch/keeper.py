@@ -1,0 +1,113 @@
+"""What runs on each host: it starts torchrun, and sees that nothing of the job outlives it.
+
+Standard input is the launching machine's hold on the job. Its first line is the order
+(``Job.order``); a line ``stop`` asks for an orderly end, ``kill`` for an immediate one, and the end
+of input, which also comes when the launching machine or the connection is gone, is a ``stop``.
+The last line of standard output is ``REPORT`` and JSON.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from expertmesh.launch.job import MARK
+
+REPORT = "\x1freport "
+
+
+def main() -> int:
+    """Keep one job.
+
+    Returns:
+        The exit status of torchrun.
+    """
+    # Without a buffer, so without the lock that a thread still reading would hold at the end.
+    words = io.FileIO(0, closefd=False)
+    order = json.loads(words.readline())
+    with tempfile.TemporaryDirectory(prefix="expertmesh-launch-") as folder:
+        report = Path(folder) / "failures.json"
+        process = _start(order, report, folder)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: process.terminate())
+        threading.Thread(
+            target=_obey, args=(words, process, order["patience"]), daemon=True
+        ).start()
+        status = process.wait()
+        left = end_processes(order["environment"][MARK])
+        failures = json.loads(report.read_text()) if report.exists() else []
+    answer = {"status": status, "failures": failures, "left": left}
+    print(REPORT + json.dumps(answer), flush=True)
+    return status if status >= 0 else 1
+
+
+def _start(order: dict[str, Any], report: Path, folder: str) -> "subprocess.Popen[bytes]":
+    environment = os.environ | order["environment"]
+    if "OMP_NUM_THREADS" not in environment:
+        # torchrun would set 1, and on a CPU leave the other cores idle.
+        environment["OMP_NUM_THREADS"] = str(max(1, _num_cores() // order["num_processes"]))
+    agent = [sys.executable, "-u", "-m", "expertmesh.launch.agent", str(report)]
+    return subprocess.Popen(
+        [*agent, f"--log-dir={folder}", *order["torchrun"]],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _obey(words: io.FileIO, process: "subprocess.Popen[bytes]", patience: float) -> None:
+    """Do what standard input says, until it ends."""
+    for line in words:
+        if line.strip() == b"kill":
+            break
+        if line.strip() == b"stop":
+            process.terminate()
+            patience_ends = threading.Timer(patience, process.kill)
+            patience_ends.daemon = True
+            patience_ends.start()
+    else:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+    process.kill()
+
+
+def end_processes(job: str) -> int:
+    """Kill what is left of a job on this host: ranks whose torchrun was killed, and their children.
+
+    Args:
+        job: The value of ``MARK`` in their environment.
+
+    Returns:
+        How many there were.
+    """
+    mark = f"{MARK}={job}".encode()
+    ended = 0
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(entry.parent.name)
+        try:
+            if pid != os.getpid() and mark in entry.read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
+                ended += 1
+        except OSError:
+            # Gone meanwhile, or another user's.
+            continue
+    return ended
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+import os
+import signal
+import sys
+
+import pytest
+
+from expertmesh.cli.launch import main
+from expertmesh.errors import UserError
+from expertmesh.launch import preflight, supervise
+from expertmesh.launch.node import Failure
+from expertmesh.launch.supervise import Outcome
+
+FINE = Outcome((), None)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Jobs that were started, in place of starting them; all hosts pass as able."""
+    jobs = []
+    monkeypatch.setattr(preflight, "check_hosts", lambda places, port, folder: jobs.append("tried"))
+    monkeypatch.setattr(supervise, "run_job", lambda job, logs: jobs.append(job) or FINE)
+    return jobs
+
+
+def test_on_this_machine(started):
+    words = ["--standalone", "--nproc-per-node", "4", "--gpus", "0,1,2,5", "--max-restarts=2"]
+    assert main([*words, "--", "train", "run.toml", "--mesh.ep=4", "--", "x"]) == 0
+    (job,) = started
+    assert job.program == ("-m", "expertmesh", "train", "run.toml", "--mesh.ep=4", "--", "x")
+    assert [(host.name, host.num_processes) for host in job.hosts] == [("localhost", 4)]
+    assert (job.gpus, job.max_restarts, job.rendezvous.port) == ("0,1,2,5", 2, None)
+    assert job.folder == os.getcwd()
+
+
+def test_without_standalone_the_port_is_known(started):
+    main(["--nproc-per-node=1", "--", "train", "run.toml"])
+    main(["--nproc-per-node=1", "--port=1234", "--", "train", "run.toml"])
+    assert [job.rendezvous.port for job in started] == [29500, 1234]
+
+
+def test_on_hosts_that_are_tried_first(started, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\nb\n")
+    words = ["--hostfile", str(hosts), "--nproc-per-node=1", "--ssh", "ssh -F 'my config'"]
+    assert main([*words, "--", "train", "run.toml"]) == 0
+    tried, job = started
+    assert tried == "tried"
+    assert [(host.name, host.num_processes) for host in job.hosts] == [("a", 2), ("b", 1)]
+    assert job.places[1].command([], "/")[:3] == ["ssh", "-F", "my config"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nproc-per-node=2"], "must stand after `--` and begin with `train`, got nothing"),
+        (["--nproc-per-node=2", "--"], "got nothing; as in: expertmesh launch --standalone"),
+        (["--nproc-per-node=2", "--", "eval", "runs/one"], "got eval runs/one"),
+        (["--", "train", "x"], "--nproc-per-node must say how many"),
+        (["--nproc-per-node=0", "--", "train", "x"], "--nproc-per-node must be at least 1, got 0"),
+        (
+            ["--nproc-per-node=1", "--max-restarts=-1", "--", "train", "x"],
+            "--max-restarts must be at least 0, got -1",
+        ),
+        (["--nproc-per-node=1", "--port=70000", "--", "train", "x"], "--port must be between"),
+        (
+            ["--standalone", "--nproc-per-node=1", "--port=7", "--", "train", "x"],
+            "--standalone takes a free port, got --port 7 too",
+        ),
+        (
+            ["--nproc-per-node=3", "--gpus=0,1", "--", "train", "x"],
+            "for each of the 3 processes of a host, got 2: 0,1; set --nproc-per-node=2",
+        ),
+        (["--nproc-per-node=1", "--gpus=0,,1", "--", "train", "x"], "must be a list such as"),
+        (["--nproc-per-node=2", "--gpus=1,1", "--", "train", "x"], "got '1,1'"),
+        (["--hostfile=nowhere", "--", "train", "x"], "--hostfile must be a file"),
+    ],
+)
+def test_options_that_do_not_fit(words, message, started):
+    with pytest.raises(UserError, match=message):
+        main(words)
+    assert started == []
+
+
+def test_here_and_elsewhere_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--standalone", "--hostfile=x", "--", "train", "x"])
+    assert stop.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_failure_names_host_rank_and_log(tmp_path, monkeypatch, capsys):
+    failures = (
+        Failure("b", 3, "was ended by SIGKILL", consequence=False, seconds=1.0),
+        Failure("a", 0, "ended with status 1", consequence=True, seconds=1.0),
+    )
+    monkeypatch.setattr(supervise, "run_job", lambda job, logs: Outcome(failures, None))
+    words = ["--standalone", "--nproc-per-node=1", f"--log-dir={tmp_path}", "--", "train", "x"]
+    assert main(words) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: rank 3 on b was ended by SIGKILL; everything was stopped",
+        f"  its log: {tmp_path}/rank_0003.log",
+        "  also: rank 0 on a ended with status 1",
+    ]
+
+
+def test_a_signal_shows_in_the_exit_status(monkeypatch, capsys):
+    outcome = Outcome((), signal.SIGTERM)
+    monkeypatch.setattr(supervise, "run_job", lambda job, logs: outcome)
+    assert main(["--standalone", "--nproc-per-node=1", "--", "train", "x"]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_importing_it_waits_for_no_torch():
+    code = (
+        "import sys, expertmesh.cli.launch, expertmesh.launch.supervise;"
+        "import expertmesh.launch.preflight; sys.exit('torch' in sys.modules)"
+    )
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+def test_two_ranks_for_real(tmp_path, capfd, monkeypatch):
+    """Through torchrun; the run file's absence makes both ranks fail with its own words."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--standalone", "--nproc-per-node=2", "--log-dir=logs", "--", "train", "nowhere.toml"]
+    assert main(words) == 1
+    out, err = capfd.readouterr()
+    assert "on localhost ended with status 2; everything was stopped" in err
+    message = "error: the run file nowhere.toml does not exist\n"
+    logs = [tmp_path / "logs" / f"rank_000{rank}.log" for rank in (0, 1)]
+    told = [rank for rank in (0, 1) if logs[rank].exists() and logs[rank].read_text() == message]
+    assert told
+    assert f"localhost[{told[0]}] {message}" in out

@@ -1,0 +1,41 @@
+import json
+import signal
+import subprocess
+import sys
+
+FAILING = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), 9)
+time.sleep(60)
+"""
+
+
+def run(tmp_path, source, *options):
+    (tmp_path / "rank.py").write_text(source)
+    words = ["-m", "expertmesh.launch.agent", str(tmp_path / "report.json"), "--standalone"]
+    return subprocess.Popen(
+        [sys.executable, *words, *options, "--nproc-per-node=2", str(tmp_path / "rank.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_rank_that_was_killed_is_reported(tmp_path):
+    process = run(tmp_path, FAILING)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    failures = json.loads((tmp_path / "report.json").read_text())
+    assert (1, -signal.SIGKILL) in [(each["rank"], each["status"]) for each in failures]
+
+
+def test_a_signal_is_one_line(tmp_path):
+    process = run(tmp_path, "print('up', flush=True); import time; time.sleep(60)")
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "torchrun stopped its ranks: SIGTERM" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "report.json").exists()

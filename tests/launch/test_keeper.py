@@ -1,0 +1,121 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from expertmesh.launch import keeper
+from expertmesh.launch.job import MARK
+from expertmesh.launch.keeper import REPORT, end_processes
+
+# The agent's place is taken by a program that leaves a child of its own behind.
+RUN = """
+import sys
+from expertmesh.launch import keeper
+start = keeper.subprocess.Popen
+words = [sys.executable, "-c", {agent!r}]
+keeper.subprocess.Popen = lambda _, **options: start(words, **options)
+sys.exit(keeper.main())
+"""
+WITH_CHILD = """
+import subprocess, sys, time
+subprocess.Popen(["sleep", "600"], start_new_session=True)
+print("running", flush=True)
+"""
+
+
+class Kept:
+    """A keeper, its order given."""
+
+    def __init__(self, mark, agent, patience=20.0):
+        words = [sys.executable, "-u", "-c", RUN.format(agent=agent)]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        order = {
+            "environment": {MARK: mark},
+            "patience": patience,
+            "num_processes": 1,
+            "torchrun": [],
+        }
+        self.say(json.dumps(order))
+
+    def say(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def result(self):
+        """Lines before the report, the report, and the exit status."""
+        lines = self.process.stdout.read().splitlines()
+        self.process.stdout.close()
+        self.process.stdin.close()
+        return lines[:-1], json.loads(lines[-1].removeprefix(REPORT)), self.process.wait()
+
+
+@pytest.fixture
+def mark():
+    name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    yield name
+    assert end_processes(name) == 0
+
+
+def test_what_a_job_leaves_behind_is_ended(mark):
+    lines, report, status = Kept(mark, WITH_CHILD).result()
+    assert lines == ["running"]
+    assert report == {"status": 0, "failures": [], "left": 1}
+    assert status == 0
+
+
+def test_a_killed_torchrun_is_told(mark):
+    agent = f"{WITH_CHILD}\nimport os; os.kill(os.getpid(), 9)"
+    _, report, status = Kept(mark, agent).result()
+    assert report == {"status": -9, "failures": [], "left": 1}
+    assert status == 1
+
+
+@pytest.mark.parametrize("how", ["stop", "end of input"])
+def test_it_stops_in_order(mark, how):
+    agent = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saving'), sys.exit(3)))\n"
+        f"{WITH_CHILD}\ntime.sleep(60)"
+    )
+    kept = Kept(mark, agent)
+    assert kept.process.stdout.readline() == "running\n"
+    if how == "stop":
+        kept.say("stop")
+    else:
+        kept.process.stdin.close()
+    lines, report, _ = kept.result()
+    assert lines == ["saving"]
+    assert report == {"status": 3, "failures": [], "left": 1}
+
+
+@pytest.mark.parametrize(("line", "patience"), [("stop", 0.3), ("kill", 60.0)])
+def test_it_does_not_wait_for_ever(mark, line, patience):
+    agent = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"{WITH_CHILD}\ntime.sleep(60)"
+    )
+    kept = Kept(mark, agent, patience)
+    assert kept.process.stdout.readline() == "running\n"
+    kept.say(line)
+    _, report, _ = kept.result()
+    assert report == {"status": -9, "failures": [], "left": 1}
+
+
+def test_ranks_share_the_cores(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(keeper, "_num_cores", lambda: 7)
+    monkeypatch.setattr(keeper.subprocess, "Popen", lambda words, env, **_: seen.update(env))
+    for told, num_processes, threads in [
+        ({}, 2, "3"),
+        ({}, 8, "1"),
+        ({"OMP_NUM_THREADS": "5"}, 2, "5"),
+    ]:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        order = {"environment": told, "num_processes": num_processes, "torchrun": []}
+        keeper._start(order, "report", "folder")
+        assert seen["OMP_NUM_THREADS"] == threads
