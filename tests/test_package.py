@@ -24,6 +24,8 @@ ORDER = [
     "experts",
     "metrics",
     "layer",
+    "residual_moe",
+    "soft_moe",
     "phases",
     "models",
     "parallel",

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.utils._pytree import tree_map
 
 from expertmesh.errors import UserError
+from expertmesh.experts import Experts
 from expertmesh.parallel.experts import distinct_moe_layers, place_experts
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.tensor import shard_attention, tensor_parallel_groups
@@ -148,13 +149,18 @@ def _storage(root: DeviceMesh, axis: str, zero: int) -> DeviceMesh:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a model: children of its module lists that have parameters."""
-    seen: set[int] = set()
+    """The repeated parts of a model: children of its module lists that have parameters.
+
+    Lists within experts are not looked at: an expert runs on those ranks that have rows for it.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    seen = {id(part) for stack in experts for part in stack.modules()}
     for module in model.modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, nn.ModuleList) or id(module) in seen:
             continue
         for child in module:
-            inner = any(isinstance(part, nn.ModuleList) for part in child.modules())
+            lists = [part for part in child.modules() if isinstance(part, nn.ModuleList)]
+            inner = any(id(part) not in seen for part in lists)
             fresh = id(child) not in seen
             if fresh and not inner and any(True for _ in child.parameters()):
                 seen.add(id(child))

@@ -43,7 +43,9 @@ def copies_beside_each_other(world: int, num_experts: int, copies: int = 2) -> S
     evens out their load. For general use; ``copies`` at most the ranks of a host.
     """
     if world % copies:
-        raise UserError(f"ep_zero needs an even number of ranks, got {world}; set mesh.ep yourself")
+        raise UserError(
+            f"ep_zero needs a multiple of {copies} ranks, got {world}; set mesh.ep yourself"
+        )
     ep = math.gcd(world // copies, num_experts)
     return Strategy(ep=ep, placement="outside", zero=1, expert_zero=1)
 

@@ -186,19 +186,21 @@ def join(views: Sequence[RankView], num_tokens: int) -> Observation:
 
 
 def errors(actual: Observation, expected: Observation) -> dict[str, float]:
-    """The largest relative error, by norm, of each kind of ``COLUMNS``.
+    """The largest relative error, by norm, of each kind of ``COLUMNS``; infinity for NaN.
 
     Raises:
         AssertionError: If one has parameters that the other lacks.
     """
-    return {
-        "output": relative_error(actual.output_TV, expected.output_TV),
-        "input gradients": relative_error(actual.input_gradient_TD, expected.input_gradient_TD),
-        "parameter gradients": worst(by_name(actual.gradients, expected.gradients)),
-        "gradient norms": relative_error(actual.norm_S, expected.norm_S),
-        "losses": relative_error(actual.loss_S, expected.loss_S),
-        "parameters": worst(by_name(actual.parameters, expected.parameters)),
+    tensors = {
+        "output": (actual.output_TV, expected.output_TV),
+        "input gradients": (actual.input_gradient_TD, expected.input_gradient_TD),
+        "gradient norms": (actual.norm_S, expected.norm_S),
+        "losses": (actual.loss_S, expected.loss_S),
     }
+    found = {kind: worst({kind: relative_error(*pair)}) for kind, pair in tensors.items()}
+    found["parameter gradients"] = worst(by_name(actual.gradients, expected.gradients))
+    found["parameters"] = worst(by_name(actual.parameters, expected.parameters))
+    return {column: found[column] for column in COLUMNS}
 
 
 def worst(error: Mapping[str, float]) -> float:

@@ -8,13 +8,11 @@ memory of earlier calls, ready in a tenth of a second, and shares torch's memory
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
@@ -169,8 +167,8 @@ def run_on_ranks(
     import path, and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` as under
     torchrun. Torch's random state is the same on all. They talk over the loopback device.
 
-    Workers of one pytest-xdist session take turns with more than two ranks, so that processes do
-    not outnumber cores by far; waiting for one's turn is not part of the timeout.
+    Workers of pytest-xdist take turns with more than two ranks, so that processes do not outnumber
+    cores by far; waiting for one's turn is not part of the timeout.
 
     Args:
         world: Number of ranks.
@@ -218,15 +216,13 @@ def _quiet_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _turn(world: int) -> Iterator[None]:
-    """Hold the xdist session's lock while more than two ranks work."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if session is None or world <= 2:
+    """Among pytest-xdist's workers, let one at a time use more than two ranks."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or world <= 2:
         yield
         return
-    path = Path(tempfile.gettempdir()) / f"expertmesh-ranks-{session}.lock"
-    with path.open("w") as file:
+    import fcntl  # where there is no fork there is no such module either
+
+    # This file serves as the lock: nothing is left behind, and the system frees it for the dead.
+    with Path(__file__).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+        yield

@@ -84,8 +84,8 @@ class Setting:
         """Tokens of a step's batch."""
         return self.rows * self.seq_len
 
-    def model(self, seed: int) -> nn.Module:
-        """The model in float64, with values unless made on the meta device."""
+    def model(self, seed: int, dtype: torch.dtype) -> nn.Module:
+        """The model, with values unless made on the meta device."""
         if self.decoder is None:
             model: nn.Module = WideNet(VOCAB, DIM, EXPERTS, seed=seed)
         else:
@@ -97,12 +97,14 @@ class Setting:
             self.routing(moe.router)
             moe.router.layer = index
         if self.checkpointed:
-            model.checkpoint_blocks()  # type: ignore[operator]  # both models have it
-        return model.double()
+            model.checkpoint_blocks()
+        return model.to(dtype)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
-        tokens_BS = _tokens(step, self.rows, self.seq_len)
+        tokens_BS = _numbers("tokens", step, (self.rows, self.seq_len))
+        # Where capacity goes by weight, equal tokens are the hard case, and these always are.
+        tokens_BS[:, 0] = 0
         targets_BS = _numbers("targets", step, (self.rows, self.seq_len))
         padding = None
         if self.lengths is not None:
@@ -111,21 +113,9 @@ class Setting:
         return Batch(tokens_BS, targets_BS, padding, torch.arange(self.rows))
 
 
-def _tokens(step: int, rows: int, seq_len: int) -> Tensor:
-    """Rows without repetition that begin differently.
-
-    So no two tokens of a batch are the same to the model. Where capacity goes by weight, which of
-    two equal tokens is dropped would be left to rounding.
-    """
-    first_V = _numbers("first", step, (1, VOCAB), upto=1 << 40)[0].argsort()
-    order_BV = _numbers("order", step, (rows, VOCAB), upto=1 << 40)
-    order_BV.scatter_(1, first_V[:rows, None], -1)
-    return order_BV.argsort(dim=1)[:, :seq_len]
-
-
-def _numbers(name: str, step: int, shape: tuple[int, int], upto: int = VOCAB) -> Tensor:
+def _numbers(name: str, step: int, shape: tuple[int, int]) -> Tensor:
     count = torch.arange(shape[0] * shape[1])
-    return (uniform(fold(0, name, step), count, torch.float64) * upto).long().view(shape)
+    return (uniform(fold(0, name, step), count, torch.float64) * VOCAB).long().view(shape)
 
 
 def _dropless(router: TopKRouter) -> None:
@@ -163,7 +153,10 @@ def _by_priority(router: TopKRouter) -> None:
     router.renormalize = "kept"
     router.skip = ThresholdSecond(0.3)
     router.capacity = Capacity(factor=0.8, order="priority")
-    router.losses = (ImportanceLoss(coef=0.1, of="probabilities", variance="unbiased"),)
+    router.losses = (
+        ImportanceLoss(coef=0.1, of="probabilities", variance="unbiased"),
+        LoadBalancingLoss(coef=0.1, scope=8),
+    )
 
 
 def _by_probability(router: TopKRouter) -> None:
@@ -197,13 +190,16 @@ def _send_all_to_expert_5(model: nn.Module) -> None:
 
 
 SETTINGS: dict[str, Setting] = {
-    "dropless": Setting(about="normal noise, balance and z-loss", routing=_dropless),
+    "dropless": Setting(
+        about="normal noise, dropout, balance and z-loss",
+        decoder={"dropout": 0.1},
+        routing=_dropless,
+    ),
     "padded": Setting(
-        about="very uneven rows, 4 micro-batches, recomputed, selection bias, losses by sequence",
+        about="very uneven rows, 4 micro-batches, selection bias, losses by sequence",
         routing=_padded,
         lengths=(12, 1, 7, 12, 3, 0, 12, 9),
         sequences=2,
-        checkpointed=True,
     ),
     "position": Setting(
         about="capacity by position, top-1, jitter",
@@ -218,7 +214,7 @@ SETTINGS: dict[str, Setting] = {
         capacity=True,
     ),
     "priority": Setting(
-        about="capacity by priority, weights over those kept, 4 micro-batches, padding",
+        about="capacity by priority, weights over those kept, losses by 8 tokens, 4 micro-batches",
         decoder={"qk_norm": "full"},
         routing=_by_priority,
         capacity=True,
@@ -241,7 +237,8 @@ SETTINGS: dict[str, Setting] = {
         capacity=True,
     ),
     "random": Setting(
-        about="capacity at random, learned noise, load loss, 2 micro-batches, recomputed",
+        about="capacity at random, learned noise, dropout, load loss, 2 micro-batches, recomputed",
+        decoder={"dropout": 0.2},
         routing=_at_random,
         capacity=True,
         sequences=4,

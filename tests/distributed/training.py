@@ -1,7 +1,9 @@
 """Trains a setting in one process, or on a rank of a layout, and notes what it sees."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,17 +12,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expertmesh.data import Batch
 from expertmesh.dispatch.collectives import own_range, total
-from expertmesh.layer import set_loss_scale
+from expertmesh.layer import moe_layers, set_loss_scale
+from expertmesh.metrics import Metric
 from expertmesh.models import DecoderLM
 from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel.ddp import ddp
 from expertmesh.parallel.fsdp import parallelize
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.pipeline import Pipeline
+from expertmesh.shards import Shard
 from expertmesh.testing.equivalence import Observation, RankView, Watch, join, pieces, rows
+from expertmesh.train.checkpoint import CheckpointFolder
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
 from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline, token_loss
-from expertmesh.train.precision import Precision
+from expertmesh.train.precision import Precision, PrecisionName
 from expertmesh.train.step import Stepper
 from tests.distributed.layouts import Layout
 from tests.distributed.settings import SETTINGS, Setting
@@ -29,13 +34,24 @@ STEPS = 5
 CPU = torch.device("cpu")
 
 
-def alone(name: str) -> Observation:
+@dataclass(frozen=True)
+class Numbers:
+    """What parameters are, and what the forward pass computes in."""
+
+    dtype: torch.dtype = torch.float64
+    precision: PrecisionName = "fp32"  # no autocast
+
+
+FLOAT64 = Numbers()
+
+
+def alone(name: str, numbers: Numbers = FLOAT64) -> Observation:
     """The setting in one process, without any mesh."""
     setting = SETTINGS[name]
-    return join([_observe(setting, None, None)], setting.num_tokens)
+    return join([_observe(setting, None, None, numbers)], setting.num_tokens)
 
 
-def on_rank(layout: Layout, names: list[str]) -> list[RankView]:
+def on_rank(layout: Layout, names: list[str], numbers: Numbers = FLOAT64) -> list[RankView]:
     """The settings on this rank; each is trained twice, and must be the same to the bit.
 
     Raises:
@@ -44,66 +60,125 @@ def on_rank(layout: Layout, names: list[str]) -> list[RankView]:
     mesh = Mesh(**layout.axes, placement=layout.placement)
     views = []
     for name in names:
-        view = _observe(SETTINGS[name], layout, mesh)
-        again = _train(_stepper(SETTINGS[name], layout, mesh), SETTINGS[name], 2)
+        view = _observe(SETTINGS[name], layout, mesh, numbers)
+        again = _train(_stepper(SETTINGS[name], layout, mesh, numbers), SETTINGS[name], range(1, 3))
         assert again == list(zip(view.losses, view.norms, strict=True))[:2], name
         views.append(view)
     return views
 
 
-def _observe(setting: Setting, layout: Layout | None, mesh: Mesh | None) -> RankView:
-    stepper = _stepper(setting, layout, mesh)
-    model, batch = stepper.model.train(), setting.batch(1)
-    index = list(_own_tokens(setting, mesh))
+def counters(layout: Layout | None, name: str) -> dict[str, dict[str, Metric]]:
+    """What each MoE layer counted in one step on this rank."""
+    mesh = None if layout is None else Mesh(**layout.axes, placement=layout.placement)
+    stepper = _stepper(SETTINGS[name], layout, mesh)
+    _train(stepper, SETTINGS[name], range(1, 2))
+    return {layer: moe.metrics() for layer, moe in moe_layers(stepper.model).items()}
+
+
+def save_after(layout: Layout, name: str, folder: Path, steps: int) -> None:
+    """Train some steps and save a checkpoint."""
+    mesh = Mesh(**layout.axes, placement=layout.placement)
+    stepper = _stepper(SETTINGS[name], layout, mesh)
+    _train(stepper, SETTINGS[name], range(1, steps + 1))
+    checkpoints = CheckpointFolder(folder, group=mesh.everyone)
+    checkpoints.save(steps, stepper.model, stepper.optimizer, {})
+
+
+def go_on(layout: Layout, name: str, folder: Path) -> tuple[list[float], dict[str, Shard]]:
+    """Load the checkpoint and train on to the last step: losses, and pieces of the parameters."""
+    mesh = Mesh(**layout.axes, placement=layout.placement)
+    stepper = _stepper(SETTINGS[name], layout, mesh)
+    checkpoint, _ = CheckpointFolder(folder, group=mesh.everyone).newest_valid()
+    assert checkpoint is not None
+    checkpoint.load_model(stepper.model)
+    checkpoint.load_optimizer(stepper.model, stepper.optimizer)
+    results = _train(stepper, SETTINGS[name], range(checkpoint.step + 1, STEPS + 1))
+    model = stepper.model
+    found = pieces([*model.named_parameters(), *model.named_buffers()])
+    return [loss for loss, _ in results], found
+
+
+def _observe(
+    setting: Setting, layout: Layout | None, mesh: Mesh | None, numbers: Numbers
+) -> RankView:
+    stepper = _stepper(setting, layout, mesh, numbers)
+    model = stepper.model
     answers = model if getattr(model, "head", None) is not None else None
+    gradients: dict[str, Shard] = {}
     with (
         Watch(getattr(model, "embedding", None), "forward") as inputs,
         Watch(answers, "logits") as outputs,
+        _gradients_before_clipping(stepper, gradients),
     ):
-        stepper.accumulate(1, batch)
+        results = _train(stepper, setting, range(1, 2))
+    results += _train(stepper, setting, range(2, STEPS + 1))
+    losses, norms = zip(*results, strict=True)
+    index = list(_own_tokens(setting, mesh))
     input_gradients = inputs.gradients
     if layout is not None and layout.ddp:
         # DDP's backward pass is of a loss that is as many times larger as it averages over.
         input_gradients = [gradient / layout.world for gradient in input_gradients]
-    gradients = pieces((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-
-    stepper = _stepper(setting, layout, mesh)
-    losses, norms = zip(*_train(stepper, setting, STEPS), strict=True)
     return RankView(
         outputs=rows(index, outputs.outputs) if answers is not None else [],
         input_gradients=rows(index, input_gradients) if inputs.outputs else [],
         gradients=gradients,
         norms=norms,
         losses=losses,
-        parameters=pieces([*stepper.model.named_parameters(), *stepper.model.named_buffers()]),
+        parameters=pieces([*model.named_parameters(), *model.named_buffers()]),
     )
 
 
-def _train(stepper: Stepper, setting: Setting, steps: int) -> list[tuple[float, float | None]]:
-    results = [stepper.step(step, setting.batch(step)) for step in range(1, steps + 1)]
-    return [(result.loss, result.grad_norm) for result in results]
+@contextmanager
+def _gradients_before_clipping(stepper: Stepper, found: dict[str, Shard]) -> Iterator[None]:
+    """Note a step's gradients when they are complete and not clipped yet."""
+    accumulate = stepper.accumulate
+
+    def noting(step: int, batch: Batch) -> float:
+        loss = accumulate(step, batch)
+        params = stepper.model.named_parameters()
+        found.update(pieces((name, p.grad) for name, p in params if p.grad is not None))
+        return loss
+
+    stepper.accumulate = noting
+    try:
+        yield
+    finally:
+        del stepper.accumulate
 
 
-def _stepper(setting: Setting, layout: Layout | None, mesh: Mesh | None) -> Stepper:
+def _train(stepper: Stepper, setting: Setting, steps: range) -> list[tuple[float, float]]:
+    found = []
+    for step in steps:
+        result = stepper.step(step, setting.batch(step))
+        assert result.grad_norm is not None
+        found.append((result.loss, result.grad_norm))
+    return found
+
+
+def _stepper(
+    setting: Setting, layout: Layout | None, mesh: Mesh | None, numbers: Numbers = FLOAT64
+) -> Stepper:
     if layout is None or mesh is None:
-        model = setting.model(seed=5)
+        model = setting.model(seed=5, dtype=numbers.dtype)
         setting.finish(model)
-        passes: Passes = OneByOne(model, **_common(setting, None))
+        passes: Passes = OneByOne(model, **_common(setting, None, numbers))
     else:
-        passes = _laid_out(setting, layout, mesh)
+        passes = _laid_out(setting, layout, mesh, numbers)
     optimizer = build_optimizer(passes.model, OptimConfig(lr=1e-2))
     return Stepper(passes, optimizer, seed=7, clip=0.5)
 
 
-def _laid_out(setting: Setting, layout: Layout, mesh: Mesh) -> Passes:
+def _laid_out(setting: Setting, layout: Layout, mesh: Mesh, numbers: Numbers) -> Passes:
     """As the trainer does it: on the meta device first, then each rank's own values."""
     with torch.device("meta"):
-        model = setting.model(seed=0)
+        model = setting.model(seed=0, dtype=numbers.dtype)
     if layout.ddp:
         model.to_empty(device=CPU)
-        model.init_weights(5)  # type: ignore[operator]  # both models have it
+        model.init_weights(5)
         setting.finish(model)
-        return UnderDDP(ddp(model, mesh, dispatch=layout.dispatch), **_common(setting, mesh))
+        return UnderDDP(
+            ddp(model, mesh, dispatch=layout.dispatch), **_common(setting, mesh, numbers)
+        )
     stages = None
     if mesh.degree("pp") > 1:
         assert isinstance(model, DecoderLM)
@@ -113,12 +188,12 @@ def _laid_out(setting: Setting, layout: Layout, mesh: Mesh) -> Passes:
         model, mesh, zero=layout.zero, expert_zero=layout.expert_zero, dispatch=layout.dispatch
     )
     model.to_empty(device=CPU)
-    model.init_weights(5)  # type: ignore[operator]  # both models have it
+    model.init_weights(5)
     setting.finish(model)
     if stages is None:
-        return OneByOne(model, **_common(setting, mesh))
+        return OneByOne(model, **_common(setting, mesh, numbers))
     pipeline = Pipeline(model, stages, mesh.group("pp"))
-    return ThroughPipeline(model, pipeline=pipeline, **_common(setting, mesh))
+    return ThroughPipeline(model, pipeline=pipeline, **_common(setting, mesh, numbers))
 
 
 class UnderDDP(Passes):
@@ -146,9 +221,9 @@ class UnderDDP(Passes):
         raise NotImplementedError
 
 
-def _common(setting: Setting, mesh: Mesh | None) -> dict[str, Any]:
+def _common(setting: Setting, mesh: Mesh | None, numbers: Numbers) -> dict[str, Any]:
     return {
-        "precision": Precision("fp32"),
+        "precision": Precision(numbers.precision),
         "device": CPU,
         "sequences": setting.sequences,
         "mesh": mesh,

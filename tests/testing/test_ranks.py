@@ -181,3 +181,30 @@ def test_a_function_without_an_importable_name_is_refused() -> None:
         run_on_ranks(1, lambda: None)
     with pytest.raises(UserError, match="world must be at least 1"):
         run_on_ranks(0, remember)
+
+
+def noted(path: str) -> None:
+    """Write when this call began and ended."""
+    if dist.get_rank() == 0:
+        begin = time.monotonic()
+        time.sleep(0.5)
+        Path(path, str(os.getpid())).write_text(f"{begin} {time.monotonic()}")
+
+
+def test_workers_take_turns_with_many_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with RankPool() as other:
+        other.run(1, remember)
+        threads = [
+            threading.Thread(target=run, args=(3, noted, str(tmp_path)))
+            for run in (run_on_ranks, other.run)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    spans = sorted(tuple(map(float, p.read_text().split())) for p in tmp_path.iterdir())
+    assert len(spans) == 2
+    assert spans[0][1] <= spans[1][0]

@@ -1,0 +1,225 @@
+"""DDP round experts that are dealt out, against DDP's own rule in one process.
+
+The rule: the gradient is the mean of the ranks' gradients of their own losses; balance losses,
+which are over all tokens, count once.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from expertmesh.dispatch.collectives import all_gather
+from expertmesh.errors import UserError
+from expertmesh.layer import set_loss_scale
+from expertmesh.parallel.clip import clip_grad_norm_
+from expertmesh.parallel.ddp import ddp, param_groups
+from expertmesh.parallel.mesh import Mesh
+from expertmesh.random import RandomKey
+from expertmesh.routing import SelectionBias
+from expertmesh.shards import Shard, is_sharded, local
+from expertmesh.testing import assert_close, run_on_ranks
+from expertmesh.testing.equivalence import assemble, pieces
+from tests.parallel.user_model import (
+    EXPERTS,
+    UserModel,
+    gradient_pieces,
+    moe_of,
+    own_tokens,
+    tokens,
+)
+
+SIZES = (12, 8)
+"""Tokens of each micro-batch on all ranks; equal parts, so that means of means are means."""
+
+
+def net(degrees: dict[str, Any]) -> UserModel:
+    return UserModel(("gated",) if "etp" in degrees else ("gated", "module"))
+
+
+def backward(model: nn.Module, mesh: Mesh, place: int, share: float = 1.0) -> None:
+    """A local mean loss of one micro-batch."""
+    start, number = sum(SIZES[:place]), SIZES[place]
+    own = own_tokens(mesh, number)
+    set_loss_scale(model, share)
+    x_TD = tokens(number, start)[own]
+    key = RandomKey.of(0, 1, torch.arange(start, start + number)[own])
+    y_TD = model(x_TD, key)
+    ((y_TD * torch.sin(3 * x_TD)).sum(dim=1).mean() * share).backward()
+
+
+WAYS = ("no_sync", "again")
+"""Two micro-batches are brought together at the second, or at each."""
+
+
+def accumulated(degrees: dict[str, Any], options: dict[str, Any]) -> list[dict[str, Shard]]:
+    mesh = Mesh(**degrees)
+    return [_accumulated(degrees, mesh, way, options) for way in WAYS]
+
+
+def _accumulated(
+    degrees: dict[str, Any], mesh: Mesh, way: str, options: dict[str, Any]
+) -> dict[str, Shard]:
+    model: nn.Module = net(degrees)
+    if mesh.world > 1:
+        model = ddp(model, mesh, **options)
+    if way == "no_sync" and isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            backward(model, mesh, 0, 0.5)
+    else:
+        backward(model, mesh, 0, 0.5)
+    backward(model, mesh, 1, 0.5)
+    found = gradient_pieces(model)
+    return {name.removeprefix("module."): piece for name, piece in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        ({"ep": 2}, {}),
+        ({"ep": 4}, {"gradient_as_bucket_view": True}),
+        ({"ep": 2, "etp": 2}, {}),
+        ({"edp": 4}, {"broadcast_buffers": False}),
+    ],
+    ids=str,
+)
+def test_gradients_are_the_mean_of_the_ranks_own(
+    degrees: dict[str, Any], options: dict[str, Any]
+) -> None:
+    by_rank = run_on_ranks(4, accumulated, degrees, options)
+    kinds = {"etp": 1} if "etp" in degrees else {}
+    for views, alone in zip(zip(*by_rank, strict=True), accumulated(kinds, {}), strict=True):
+        got, expected = assemble(views), assemble([alone])
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert_close(name, got[name], gradient)
+
+
+def trained(degrees: dict[str, Any]) -> dict[str, Any]:
+    """Three steps of Adam with clipping, then what this rank has."""
+    mesh = Mesh(**degrees)
+    model: nn.Module = net(degrees)
+    if mesh.world > 1:
+        model = ddp(model, mesh)
+    optimizer = torch.optim.AdamW(param_groups(model), lr=0.05)
+    norms = []
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, mesh, step % 2)
+        norms.append(float(clip_grad_norm_(model, 0.5, mesh)))
+        optimizer.step()
+    copies = [
+        all_gather(local(p).detach().reshape(1, -1), mesh.group("edp"))
+        for p in model.parameters()
+        if is_sharded(p)
+    ]
+    return {
+        "norms": norms,
+        "copies differ": any(bool((c != c[0]).any()) for c in copies),
+        "parameters": pieces((n.removeprefix("module."), p) for n, p in model.named_parameters()),
+    }
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"ep": 2, "placement": "outside"}], ids=str)
+def test_training_is_that_of_one_process_and_copies_stay_equal(degrees: dict[str, Any]) -> None:
+    views = run_on_ranks(4, trained, degrees)
+    expected = trained({})
+    assert not any(view["copies differ"] for view in views)
+    for view in views:
+        assert view["norms"] == pytest.approx(expected["norms"], rel=1e-12)
+    got = assemble([view["parameters"] for view in views])
+    for name, shard in expected["parameters"].items():
+        assert_close(name, got[name], shard.local, 1e-10)
+
+
+def own_counts() -> tuple[list[int], Tensor]:
+    """Counters of selection bias after forward passes, beside this rank's choices."""
+    mesh = Mesh(ep=2)
+    moe = moe_of(bias=SelectionBias(EXPERTS, rate=0.1))
+    model = ddp(moe, mesh)
+    counted = torch.zeros(EXPERTS, dtype=torch.int64)
+    for place in range(2):
+        x_TD = tokens(8, place)[own_tokens(mesh, 8)]
+        _, routing = model(x_TD, return_routing=True)
+        counted += routing.load_E
+    bias = moe.router.bias
+    assert isinstance(bias, SelectionBias)
+    return counted.tolist(), bias.count_E
+
+
+def test_counters_stay_each_ranks_own() -> None:
+    views = run_on_ranks(2, own_counts)
+    for own, counter in views:
+        assert counter.tolist() == own
+    assert views[0][0] != views[1][0]
+
+
+def idle_and_bare() -> list[bool]:
+    """A bare layer as root, one rank without tokens; every parameter has a gradient, twice."""
+    mesh = Mesh(ep=2)
+    model = ddp(moe_of(), mesh)
+    found = []
+    for number in (0, 5):
+        own = number if mesh.rank == 0 else 3
+        model(tokens(own, 0)).sum().backward()
+        found.append(all(p.grad is not None for p in model.parameters()))
+    return found
+
+
+def test_a_bare_layer_and_a_rank_without_tokens() -> None:
+    assert run_on_ranks(2, idle_and_bare, timeout=30) == [[True, True]] * 2
+
+
+def placed_already() -> tuple[bool, str]:
+    """Plain DDP round a model that ``ddp`` has prepared: alone, and within another module."""
+    model = moe_of()
+    ddp(model, Mesh(ep=2))
+    before = values(model)
+    DistributedDataParallel(model)  # the model itself tells what to leave alone
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # torch's own
+        DistributedDataParallel(nn.Sequential(model))
+    after = values(model)
+    same = all(torch.equal(before[name].local, after[name].local) for name in before)
+    return same, type(caught.value).__name__
+
+
+def values(model: nn.Module) -> dict[str, Shard]:
+    return pieces(model.named_parameters())
+
+
+def test_plain_ddp_never_overwrites_experts() -> None:
+    for same, error in run_on_ranks(2, placed_already):
+        assert same
+        assert error.endswith("Error")
+
+
+def refusals() -> list[str]:
+    messages = []
+    attempts: list[tuple[dict[str, Any], nn.Module]] = [
+        ({"tp": 2}, moe_of()),
+        ({"pp": 2}, moe_of()),
+        ({"etp": 2}, moe_of("module")),
+        ({"ranks": [0]}, moe_of()),
+    ]
+    for degrees, model in attempts:
+        mesh = Mesh(**degrees)
+        with pytest.raises(UserError) as caught:
+            ddp(model, mesh)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_ddp_cannot_do_is_refused() -> None:
+    tensor, pipeline, sliced, alone = run_on_ranks(2, refusals)[0]
+    assert "got a mesh with tp above 1; use expertmesh.parallelize" in tensor
+    assert "got a mesh with pp above 1" in pipeline
+    assert "ModuleExperts cannot be cut into hidden slices" in sliced
+    assert "DDP needs several processes, got a mesh of one; start with torchrun" in alone
+
+
+def test_groups_for_an_optimizer_hold_every_parameter_once() -> None:
+    model = UserModel()
+    (group,) = param_groups(model)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]

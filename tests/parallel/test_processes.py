@@ -1,0 +1,113 @@
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from expertmesh.errors import UserError
+from expertmesh.parallel.processes import (
+    first_rank,
+    joined,
+    joined_world,
+    launched,
+    local_device,
+)
+from expertmesh.testing import run_on_ranks
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("text", "number"), [(None, 1), ("1", 1), ("16", 16)])
+def test_number_of_processes(text: str | None, number: int) -> None:
+    assert launched({} if text is None else {"WORLD_SIZE": text}) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "-2", "two", "1.5"])
+def test_a_number_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f"WORLD_SIZE must be a positive number, got '{text}'"):
+        launched({"WORLD_SIZE": text})
+
+
+def test_who_speaks_and_where() -> None:
+    assert first_rank({})
+    assert first_rank({"RANK": "0"})
+    assert not first_rank({"RANK": "3"})
+    four = {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+    assert local_device(CPU, four) == CPU
+    assert local_device(CUDA, four) == torch.device("cuda", 2)
+    assert local_device(torch.device("cuda", 1), {}) == torch.device("cuda", 1)
+
+
+def test_without_a_launcher_nothing_is_joined() -> None:
+    with joined(CPU, 5.0):
+        assert not dist.is_initialized()
+        assert joined_world() == 1
+
+
+def leave_the_pool(port: int) -> None:
+    """Be a process that a launcher has just started."""
+    dist.barrier()  # the other may still be entering
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert joined_world() == 1
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def join_twice(port: int) -> tuple[int, float]:
+    leave_the_pool(port)
+    with joined(CPU, 30.0):
+        group = dist.group.WORLD
+        with joined(CPU, 1.0):  # who has joined stays as they are
+            assert dist.group.WORLD is group
+        one = torch.ones(())
+        dist.all_reduce(one)
+        world = joined_world()
+    assert not dist.is_initialized()
+    return world, float(one)
+
+
+def test_processes_join_and_leave() -> None:
+    assert run_on_ranks(2, join_twice, free_port()) == [(2, 2.0)] * 2
+
+
+def alone_in_a_collective(port: int, silent: bool) -> tuple[str, float]:
+    """Rank 0 waits for a rank that is silent, or gone."""
+    leave_the_pool(port)
+    started = time.monotonic()
+    with joined(CPU, 2.0):
+        if dist.get_rank() == 1:
+            if silent:
+                time.sleep(4.0)
+            return "left", 0.0
+        with pytest.raises(RuntimeError) as caught:
+            dist.all_reduce(torch.ones(()))
+    return type(caught.value).__name__, time.monotonic() - started
+
+
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "gone"])
+def test_waiting_for_a_rank_ends(silent: bool) -> None:
+    (error, seconds), (left, _) = run_on_ranks(
+        2, alone_in_a_collective, free_port(), silent, timeout=40
+    )
+    assert error.endswith("Error")
+    assert seconds < 20  # of which two are the timeout
+    assert left == "left"
+
+
+def an_error_inside(port: int) -> str:
+    leave_the_pool(port)
+    with pytest.raises(ValueError, match="mine") as caught, joined(CPU, 5.0):
+        raise ValueError("mine")
+    assert not dist.is_initialized()
+    return str(caught.value)
+
+
+def test_an_error_is_passed_on_after_leaving() -> None:
+    assert run_on_ranks(2, an_error_inside, free_port()) == ["mine"] * 2
