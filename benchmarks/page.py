@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import router_sections  # beside this file
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -24,6 +26,9 @@ def render() -> str:
     """The page."""
     sections = [INTRODUCTION, layer_cpu(load("layer_cpu")), layer_gpu(load("layer_gpu"))]
     sections.append(moe_vs_dense(load("moe_vs_dense")))
+    cost, trained = load("routing_cost"), load("routers")
+    sections.append(router_sections.routing_cost(cost, made_by(cost)))
+    sections.append(router_sections.routers(trained, made_by(trained)))
     return "\n".join([*sections, gpu_tests(load("gpu_tests"))])
 
 
@@ -87,8 +92,7 @@ def layer_gpu(result: dict[str, Any]) -> str:
 def _decode(decoded: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     lines = [
         "Decoding steps of one layer: microseconds in a CUDA graph, without one, and the time to "
-        "read the chosen experts' weights at the copy's speed as a share of the first. Because of "
-        "this table `gather` is no longer chosen for more choices than there are experts.\n",
+        "read the chosen experts' weights at the copy's speed as a share of the first.\n",
         "| shape | tokens | backend | graph | eager | bound | share |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]

@@ -14,6 +14,10 @@ class MissingDependency(UserError, ImportError):
     """An optional package was asked for and is not installed. The message is the pip command."""
 
 
+class CausalityWarning(UserWarning):
+    """A router in a causal decoder lets later tokens reach earlier ones."""
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional module.
 

@@ -5,5 +5,13 @@ from expertmesh.experts.gated import GatedMLPExperts
 from expertmesh.experts.heterogeneous import HeterogeneousExperts
 from expertmesh.experts.mlp import MLPExperts
 from expertmesh.experts.module import ModuleExperts
+from expertmesh.experts.scaled_input import ScaledInputExperts
 
-__all__ = ["Experts", "GatedMLPExperts", "HeterogeneousExperts", "MLPExperts", "ModuleExperts"]
+__all__ = [
+    "Experts",
+    "GatedMLPExperts",
+    "HeterogeneousExperts",
+    "MLPExperts",
+    "ModuleExperts",
+    "ScaledInputExperts",
+]

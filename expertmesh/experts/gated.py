@@ -16,8 +16,8 @@ class GatedMLPExperts(StackedMLPExperts):
         dim: Width D of the rows.
         hidden: Hidden width F of one expert.
         num_experts: Number of experts E.
-        activation: Of the gate: silu, gelu, gelu_tanh, relu, or any elementwise callable without
-            parameters.
+        activation: Of the gate: silu, gelu, gelu_tanh, relu, relu2, or any elementwise callable
+            without parameters; or ``clamped_swiglu``, gpt-oss's of both halves.
         bias: Whether all projections have biases.
         init_std: Standard deviation of all weights; None takes ``D ** -0.5`` for ``gate_up``
             and ``F ** -0.5`` for ``down``. Biases are 0.

@@ -1,6 +1,7 @@
 """Activations by name, and the step from pre-activation to hidden units with its gradient."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,40 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+@dataclass(frozen=True)
+class GatedActivation:
+    """An activation of gated experts that changes the linear half too: ``gate(a) * linear(b)``.
+
+    Attributes:
+        name: For printing.
+        gate: Elementwise function of the gate's half.
+        linear: Elementwise function of the other half.
+    """
+
+    name: str
+    gate: Activation
+    linear: Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The gate's half."""
+        return self.gate(x)
+
+
+def _clamped_swish(x: Tensor) -> Tensor:
+    bounded = x.clamp(max=7.0)
+    return bounded * torch.sigmoid(1.702 * bounded)
+
+
+def _clamped_plus_one(x: Tensor) -> Tensor:
+    return x.clamp(-7.0, 7.0) + 1.0
+
+
+GATED_ACTIVATIONS: dict[str, GatedActivation] = {
+    "clamped_swiglu": GatedActivation("clamped_swiglu", _clamped_swish, _clamped_plus_one),
+}
+"""``clamped_swiglu`` is gpt-oss's: ``g sigmoid(1.702 g) (u + 1)``, g at most 7, u in [-7, 7]."""
+
+
 def resolve_activation(activation: str | Activation) -> Activation:
     """The callable behind a name; a callable is returned as it is.
 
@@ -44,12 +79,13 @@ def resolve_activation(activation: str | Activation) -> Activation:
                 "put the whole expert in ModuleExperts instead"
             )
         return activation
-    if activation not in ACTIVATIONS:
+    names: dict[str, Activation] = {**ACTIVATIONS, **GATED_ACTIVATIONS}
+    if activation not in names:
         raise ValueError(
-            f"activation must be one of {', '.join(sorted(ACTIVATIONS))} or a callable from "
-            f"tensor to tensor, got {activation!r}{nearest(activation, ACTIVATIONS)}"
+            f"activation must be one of {', '.join(sorted(names))} or a callable from "
+            f"tensor to tensor, got {activation!r}{nearest(activation, names)}"
         )
-    return ACTIVATIONS[activation]
+    return names[activation]
 
 
 def known_activation(activation: Activation) -> str | None:
@@ -59,6 +95,8 @@ def known_activation(activation: Activation) -> str | None:
 
 def activation_name(activation: Activation) -> str:
     """The name of an activation, for printing."""
+    if isinstance(activation, GatedActivation):
+        return activation.name
     known = known_activation(activation)
     return str(getattr(activation, "__name__", repr(activation))) if known is None else known
 
@@ -80,7 +118,7 @@ def hidden_units(activation: Activation, pre: Tensor, gated: bool) -> Tensor:
 def hidden_from_parts(activation: Activation, parts: Sequence[Tensor]) -> Tensor:
     """``hidden_units`` where gate and linear half are tensors of their own, or ``pre`` the only."""
     active = activation(parts[0])
-    return active if len(parts) == 1 else active * parts[1]
+    return active if len(parts) == 1 else active * _linear(activation)(parts[1])
 
 
 class HiddenGradient(NamedTuple):
@@ -110,12 +148,24 @@ def hidden_from_parts_vjp(activation: Activation, parts: Sequence[Tensor]) -> Hi
     active, active_backward = _vjp(activation, parts[0])
     if len(parts) == 1:
         return HiddenGradient(active, active_backward)
-    linear = parts[1]
+    if isinstance(activation, GatedActivation):
+        linear, linear_backward = _vjp(activation.linear, parts[1])
+    else:
+        linear, linear_backward = parts[1], _same
 
     def gated_backward(grad: Tensor) -> Tensor:
-        return torch.cat([active_backward(grad * linear), grad * active], dim=-1)
+        halves = [active_backward(grad * linear), linear_backward(grad * active)]
+        return torch.cat(halves, dim=-1)
 
     return HiddenGradient(active * linear, gated_backward)
+
+
+def _linear(activation: Activation) -> Activation:
+    return activation.linear if isinstance(activation, GatedActivation) else _same
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _parts(pre: Tensor, gated: bool) -> Sequence[Tensor]:

@@ -3,5 +3,6 @@
 from expertmesh.models.config import DecoderConfig
 from expertmesh.models.decoder import DecoderLM
 from expertmesh.models.presets import decoder_preset, decoder_presets
+from expertmesh.models.routers import replace_routers
 
-__all__ = ["DecoderConfig", "DecoderLM", "decoder_preset", "decoder_presets"]
+__all__ = ["DecoderConfig", "DecoderLM", "decoder_preset", "decoder_presets", "replace_routers"]

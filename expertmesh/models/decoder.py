@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expertmesh.layer import moe_layers
 from expertmesh.models.block import DenseBlock, MoEBlock
 from expertmesh.models.checkpointing import run_block, run_block_checkpointed
 from expertmesh.models.config import DecoderConfig
@@ -18,6 +19,7 @@ from expertmesh.models.context import (
 from expertmesh.models.init import init_weights
 from expertmesh.models.norm import RMSNorm
 from expertmesh.models.rotary import Rotation
+from expertmesh.models.routers import warn_of_leaks
 from expertmesh.random import RandomKey
 from expertmesh.routing.routing import Routing
 
@@ -65,6 +67,7 @@ class DecoderLM(nn.Module):
         # Which positions of the sequence this rank computes outside attention: (tensor, dim) to
         # its part. The parallel layer sets it.
         self.own_part: Callable[[Tensor, int], Tensor] = _whole
+        warn_of_leaks(moe.router for moe in moe_layers(self).values())
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights(seed)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from expertmesh.kernels.activations import resolve_activation
+from expertmesh.kernels.activations import hidden_from_parts, resolve_activation
 
 
 class GatedMLP(nn.Module):
@@ -23,4 +23,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x ``(..., D)``. Returns the same shape."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(hidden_from_parts(self.activation, (self.gate(x), self.up(x))))

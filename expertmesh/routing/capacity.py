@@ -104,6 +104,12 @@ class Capacity:
             return None
         return FORMULAS[self.formula](group_size, num_experts, k, factor)
 
+    def leaks(self, k: int) -> str | None:
+        """Why later tokens may decide who finds a slot, or None; see ``Router.leaks``."""
+        if self.order == "token" or (self.order == "position" and k == 1):
+            return None
+        return f"capacity order {self.order!r} lets later tokens take slots before earlier ones"
+
     def most_per_expert(
         self, order: Arrangement, num_experts: int, k: int, *, training: bool
     ) -> int | None:

@@ -11,8 +11,14 @@ from expertmesh.errors import UserError, nearest
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
 from expertmesh.routing.group_limit import GroupLimit
-from expertmesh.routing.losses import BalanceLoss, LoadBalancingLoss, ZLoss
-from expertmesh.routing.noise import InputJitter
+from expertmesh.routing.losses import (
+    BalanceLoss,
+    ImportanceLoss,
+    LoadBalancingLoss,
+    LoadLoss,
+    ZLoss,
+)
+from expertmesh.routing.noise import InputJitter, NormalNoise
 from expertmesh.routing.second_choice import RandomSecond, ThresholdSecond
 from expertmesh.routing.topk import TopKRouter
 
@@ -33,7 +39,8 @@ def _switch(dim: int, num_experts: int) -> Options:
 def _gshard(dim: int, num_experts: int) -> Options:
     """GShard (arXiv 2006.16668) in its code's form: top-2, weights shared before dropping.
 
-    The paper gives capacity out per local group: set the capacity's ``scope`` to its tokens.
+    The paper gives capacity out per local group: see ``gshard_local``, or set the capacity's
+    ``scope`` to a number of tokens.
     """
     return {
         "k": 2,
@@ -41,6 +48,43 @@ def _gshard(dim: int, num_experts: int) -> Options:
         "skip": RandomSecond(0.5),
         "capacity": Capacity(factor=2.0, eval_factor=2.0, formula="lingvo"),
         "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+    }
+
+
+def _gshard_local(dim: int, num_experts: int) -> Options:
+    """``gshard`` with its local groups (its 2.2): slots and statistics belong to a sequence."""
+    return _gshard(dim, num_experts) | {
+        "capacity": Capacity(factor=2.0, eval_factor=2.0, formula="lingvo", scope="sequence"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch", scope="sequence"),),
+    }
+
+
+def _glam(dim: int, num_experts: int) -> Options:
+    """GLaM (arXiv 2112.06905): GShard's top-2 without the random second.
+
+    No code was released; the paper names capacity factor 2.0 and coefficient 0.01, and what it
+    leaves open is GShard's.
+    """
+    return {
+        "k": 2,
+        "renormalize": "chosen",
+        "capacity": Capacity(factor=2.0, eval_factor=2.0, formula="lingvo"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+    }
+
+
+def _v_moe(dim: int, num_experts: int) -> Options:
+    """V-MoE (arXiv 2106.05974): top-2 of noisy probabilities, raw, importance and load losses.
+
+    Its batch priority is ``capacity={"order": "priority"}``. The factor in evaluation is that of
+    its published configurations.
+    """
+    return {
+        "k": 2,
+        "noise": NormalNoise(),
+        "capacity": Capacity(factor=1.05, eval_factor=4.0, formula="vmoe"),
+        "losses": (ImportanceLoss(coef=5e-3, of="probabilities"), LoadLoss(coef=5e-3)),
+        "init_std": dim**-0.5,
     }
 
 
@@ -80,6 +124,53 @@ def _qwen3_moe(dim: int, num_experts: int) -> Options:
     }
 
 
+def _qwen2_moe(dim: int, num_experts: int) -> Options:
+    """Qwen2-MoE (arXiv 2407.10671; Qwen1.5-MoE-A2.7B): top-4, raw probabilities, dropless.
+
+    The larger Qwen2-57B-A14B has ``k=8``. Its shared expert is gated: ``GatedShared``.
+    """
+    return {"k": 4, "losses": (LoadBalancingLoss(coef=1e-3, form="huggingface"),)}
+
+
+def _llama4(dim: int, num_experts: int) -> Options:
+    """Llama 4 (its released code): top-1 by sigmoid, with a shared expert beside it.
+
+    The weight multiplies what goes into the expert: put the experts in ``ScaledInputExperts``. The
+    coefficient is the default of its configuration; how the models were balanced is not published.
+    """
+    return {
+        "k": 1,
+        "score": "sigmoid",
+        "losses": (LoadBalancingLoss(coef=1e-3, form="huggingface"),),
+    }
+
+
+def _gpt_oss(dim: int, num_experts: int) -> Options:
+    """gpt-oss (arXiv 2508.10925): top-4 of biased logits, softmax over the chosen, dropless.
+
+    Its experts are ``GatedMLPExperts(activation="clamped_swiglu", bias=True)``. The coefficient is
+    the default of its configuration; how the models were balanced is not published.
+    """
+    return {
+        "k": 4,
+        "renormalize": "chosen",
+        "logit_bias": True,
+        "losses": (LoadBalancingLoss(coef=1e-3, form="huggingface"),),
+    }
+
+
+def _deepseek_moe(dim: int, num_experts: int) -> Options:
+    """DeepSeekMoE 16B (arXiv 2401.06066): top-6 of fine-grained experts, raw probabilities.
+
+    Two shared experts stand beside the routed ones. The 2B model has coefficient 0.01.
+    """
+    return {
+        "k": 6,
+        "losses": (LoadBalancingLoss(coef=1e-3, form="megablocks"),),
+        "init_std": 6e-3,
+    }
+
+
 def _deepseek_v2(dim: int, num_experts: int) -> Options:
     """DeepSeek-V2-Lite (arXiv 2405.04434, B): top-6, raw probabilities, sequence-wise loss.
 
@@ -106,15 +197,81 @@ def _deepseek_v3(dim: int, num_experts: int) -> Options:
     }
 
 
+def _tutel(dim: int, num_experts: int) -> Options:
+    """Tutel's defaults (arXiv 2206.03382 and its code): top-2, shared before dropping.
+
+    Its batch priority is ``capacity={"order": "priority"}``, its ``gate_noise`` is
+    ``NormalNoise(gate_noise / E)``. The coefficient is its users' to set; 0.01 here. The initial
+    spread is that of ``torch.nn.Linear``.
+    """
+    return {
+        "k": 2,
+        "renormalize": "chosen",
+        "capacity": Capacity(factor=1.0, eval_factor=1.0, formula="tutel"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+        "init_std": (3 * dim) ** -0.5,
+    }
+
+
+def _deepspeed(dim: int, num_experts: int) -> Options:
+    """DeepSpeed's defaults (arXiv 2201.05596 and its code): top-1, random token selection.
+
+    The slots of an expert go to random tokens among those that want it, not to the first ones. The
+    coefficient is its users' to set; 0.01 here.
+    """
+    return {
+        "k": 1,
+        "capacity": Capacity(factor=1.0, eval_factor=1.0, formula="deepspeed", order="random"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+        "init_std": (3 * dim) ** -0.5,
+    }
+
+
+def _deepspeed_topk(dim: int, num_experts: int) -> Options:
+    """DeepSpeed's gate for k > 2: slots by probability, weights shared among those kept."""
+    return {
+        "k": 4,
+        "renormalize": "kept",
+        "capacity": Capacity(factor=1.0, eval_factor=1.0, formula="deepspeed", order="probability"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="megablocks"),),
+        "init_std": (3 * dim) ** -0.5,
+    }
+
+
+def _megatron(dim: int, num_experts: int) -> Options:
+    """Megatron-LM's defaults (its code): top-2 of logits, softmax over the chosen, dropless.
+
+    Its capacity, where one is set, is
+    ``Capacity(factor, formula="proportional", order="probability")``. Its coefficient is 0 unless
+    set; 0.01, the one its guide recommends, here.
+    """
+    return {
+        "k": 2,
+        "renormalize": "chosen",
+        "losses": (LoadBalancingLoss(coef=1e-2, form="megablocks"),),
+    }
+
+
 ROUTER_PRESETS: Mapping[str, Callable[[int, int], Options]] = {
     "switch": _switch,
     "gshard": _gshard,
+    "gshard_local": _gshard_local,
+    "glam": _glam,
+    "v_moe": _v_moe,
     "st_moe": _st_moe,
     "mixtral": _mixtral,
     "olmoe": _olmoe,
+    "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
+    "llama4": _llama4,
+    "gpt_oss": _gpt_oss,
+    "deepseek_moe": _deepseek_moe,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "tutel": _tutel,
+    "deepspeed": _deepspeed,
+    "deepspeed_topk": _deepspeed_topk,
+    "megatron": _megatron,
 }
 """Name to a function of (D, E) that gives ``TopKRouter``'s arguments."""
 

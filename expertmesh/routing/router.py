@@ -28,6 +28,14 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.population = Alone()
 
+    @property
+    def leaks(self) -> str | None:
+        """Why what a token gets may depend on later tokens of its sequence; None if it does not.
+
+        A decoder trained with such a router sees what it is to predict.
+        """
+        return None
+
     @abstractmethod
     def forward(
         self,

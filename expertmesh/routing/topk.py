@@ -1,62 +1,26 @@
-"""Token choice: each token takes the k experts that score highest."""
+"""Token choice by linear scores: each token takes the k experts that score highest."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from expertmesh import random
-from expertmesh.errors import UserError, nearest
-from expertmesh.kernels.router import (
-    router_choose,
-    router_gates,
-    router_logits,
-    router_select,
-    serves,
-)
-from expertmesh.random import RandomKey
+from expertmesh.kernels.router import router_logits, serves
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
-from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.group_limit import GroupLimit
-from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.logits import wide_dtype
+from expertmesh.routing.losses import BalanceLoss
 from expertmesh.routing.noise import Noise, NoisyLogits
-from expertmesh.routing.population import Alone, Arrangement
-from expertmesh.routing.router import Router
-from expertmesh.routing.routing import Routing
 from expertmesh.routing.second_choice import SkipRule
-from expertmesh.routing.selection import count_experts, top_k
-
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-}
-
-Renormalize = Literal["no", "chosen", "kept"]
-_FLOAT = torch.float32
+from expertmesh.routing.token_choice import Renormalize, TokenChoice
 
 
-class _Scored(NamedTuple):
-    """Scores, the k best and their gates; what the k best ask for where that is known already."""
-
-    chosen_TK: Tensor
-    score_TE: Tensor
-    gate_TK: Tensor
-    load_E: Tensor | None
-
-
-class _Admitted(NamedTuple):
-    """Choices that are carried out, the load they ask for, and those that overflowed."""
-
-    expert_TK: Tensor
-    load_E: Tensor
-    dropped_TK: Tensor
-    most_per_expert: int | None
-
-
-class TopKRouter(Router):
+@final
+class TopKRouter(TokenChoice):
     """Scores every expert for each token and takes the k best; ties go to the lowest index.
 
     1. logits ``x W^T`` in float32 or wider, with noise in training;
@@ -81,6 +45,8 @@ class TopKRouter(Router):
         bias: Selection bias (loss-free balancing), or None.
         group_limit: Opens only the best groups of experts to a token, or None.
         losses: Balance losses; their names differ.
+        logit_bias: Whether the logits have a trained bias, ``x W^T + b`` (gpt-oss); it starts at
+            zero, is no part of ``bias``, and noise does not reach it.
         init_std: Standard deviation of the initial weights; 0 starts them at zero.
         seed: Of the initial weights; None draws one from torch's generator.
         layer: Index that sets this router's draws apart from other layers'.
@@ -104,23 +70,31 @@ class TopKRouter(Router):
         bias: SelectionBias | None = None,
         group_limit: GroupLimit | None = None,
         losses: Sequence[BalanceLoss] = (),
+        logit_bias: bool = False,
         init_std: float = 0.02,
         seed: int | None = None,
         layer: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _check(dim, num_experts, k, score, renormalize, losses)
-        if group_limit is not None:
-            group_limit.check(num_experts, k)
-        self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
-        self.score, self.renormalize, self.scale = score, renormalize, scale
-        self.noise, self.bias = noise, bias
-        self.skip, self.capacity, self.group_limit = skip, capacity, group_limit
-        self.losses = tuple(losses)
-        self.init_std = init_std
+        super().__init__(
+            dim,
+            num_experts,
+            k,
+            score=score,
+            renormalize=renormalize,
+            scale=scale,
+            skip=skip,
+            capacity=capacity,
+            bias=bias,
+            group_limit=group_limit,
+            losses=losses,
+            layer=layer,
+        )
+        self.noise, self.init_std = noise, init_std
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        bias_E = torch.empty(num_experts, device=device, dtype=dtype) if logit_bias else None
+        self.logit_bias_E = None if bias_E is None else nn.Parameter(bias_E)
         if not self.weight_ED.is_meta:
             self.reset_parameters(random.fresh_seed() if seed is None else seed)
 
@@ -130,206 +104,34 @@ class TopKRouter(Router):
         The bound is that of Switch (arXiv 2101.03961, 2.4), harmless for the others.
         """
         random.fill_normal_(self.weight_ED, self.init_std, random.fold(seed, "weight"), truncate=2)
+        if self.logit_bias_E is not None:
+            nn.init.zeros_(self.logit_bias_E)
         if self.noise is not None:
             self.noise.reset_parameters(random.fold(seed, "noise"))
         if self.bias is not None:
             self.bias.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """What sets this router apart."""
-        return (
-            f"dim={self.dim}, num_experts={self.num_experts}, k={self.k}, score={self.score}, "
-            f"renormalize={self.renormalize}, scale={self.scale}, capacity={self.capacity}, "
-            f"losses={[loss.name for loss in self.losses]}"
-        )
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        sequence_length: int | None = None,
-        key: RandomKey | None = None,
-        routing: Routing | None = None,
-    ) -> Routing:
-        """See ``Router.forward``; ``token_ids`` are not looked at."""
-        if padding_mask is not None:
-            x_TD = torch.where(padding_mask[:, None], torch.zeros_like(x_TD), x_TD)
-        draw = Draw(key, self.layer, len(x_TD), x_TD.device, self.training)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits = self._logits(x_TD, draw)
-            score = self._score_fused if serves(x_TD, self.weight_ED) else self._score
-            chosen_TK, score_TE, gate_TK, load_E = score(logits.noisy_TE, padding_mask, routing)
-            if routing is None:
-                admitted = self._admit(chosen_TK, gate_TK.detach(), load_E, sequence_length, draw)
-            else:
-                admitted = _Admitted(
-                    routing.expert_TK, routing.load_E, routing.dropped_TK, routing.most_per_expert
-                )
-            losses = {}
-            if self.training and self.losses:
-                evidence = Evidence(
-                    logits=logits,
-                    score_TE=score_TE,
-                    chosen_TK=chosen_TK,
-                    gate_TK=gate_TK,
-                    padding_mask=padding_mask,
-                    sequence_length=sequence_length,
-                    population=self.population,
-                    key=key,
-                )
-                losses = {
-                    loss.name: self.population.for_training(loss(evidence)) for loss in self.losses
-                }
-        if self.bias is not None:
-            self.bias.count(chosen_TK)
-        return Routing(
-            num_experts=self.num_experts,
-            expert_TK=admitted.expert_TK,
-            weight_TK=self._weights(gate_TK, chosen_TK, admitted.expert_TK),
-            chosen_TK=chosen_TK,
-            load_E=admitted.load_E,
-            dropped_TK=admitted.dropped_TK,
-            logits_TE=logits.clean_TE,
-            losses=losses,
-            most_per_expert=admitted.most_per_expert,
-        )
+    def _fused(self, x_TD: Tensor) -> bool:
+        return serves(x_TD, self.weight_ED)
 
     def _logits(self, x_TD: Tensor, draw: Draw) -> NoisyLogits:
+        return self._with_bias(self._product(x_TD, draw))
+
+    def _product(self, x_TD: Tensor, draw: Draw) -> NoisyLogits:
         noisy = self.training and self.noise is not None
-        if not noisy and serves(x_TD, self.weight_ED):
+        if not noisy and self._fused(x_TD):
             logits_TE = router_logits(x_TD, self.weight_ED)
             return NoisyLogits(logits_TE, logits_TE)
-        wide = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight_ED.dtype), _FLOAT)
+        wide = wide_dtype(x_TD, self.weight_ED)
         x_TD, weight_ED = x_TD.to(wide), self.weight_ED.to(wide)
         if self.training and self.noise is not None:
             return self.noise(x_TD, weight_ED, draw)
         logits_TE = x_TD @ weight_ED.T
         return NoisyLogits(logits_TE, logits_TE)
 
-    def _score(
-        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None
-    ) -> _Scored:
-        score_TE = SCORES[self.score](logits_TE)
-        chosen_TK = self._choose(score_TE, padding_mask) if routing is None else routing.chosen_TK
-        return _Scored(chosen_TK, score_TE, self._gates(score_TE, chosen_TK), None)
-
-    def _score_fused(
-        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None
-    ) -> _Scored:
-        """``_score`` by kernels. The gates are those of the decision, which may be a kept one."""
-        rule = {"sigmoid": self.score == "sigmoid", "renormalize": self.renormalize == "chosen"}
-        by_score = self.bias is None and self.group_limit is None
-        if routing is not None:
-            chosen_TK = routing.chosen_TK
-        elif not by_score:
-            chosen_TK = self._choose(SCORES[self.score](logits_TE.detach()), padding_mask)
-        elif padding_mask is None and not torch.is_grad_enabled():  # no backward, nothing to keep
-            return _Scored(*router_select(logits_TE, self.k, **rule, scale=self.scale))
-        else:
-            chosen_TK = router_choose(logits_TE, self.k, rule["sigmoid"])
-            chosen_TK = self._decided(chosen_TK, padding_mask)
-        return _Scored(chosen_TK, *router_gates(logits_TE, chosen_TK, **rule, scale=self.scale))
-
-    @torch.no_grad()
-    def _choose(self, score_TE: Tensor, padding_mask: Tensor | None) -> Tensor:
-        if self.bias is not None:
-            score_TE = score_TE + self.bias.bias_E
-        if self.group_limit is not None:
-            score_TE = self.group_limit.mask(score_TE)
-        return self._decided(top_k(score_TE, self.k), padding_mask)
-
-    def _decided(self, chosen_TK: Tensor, padding_mask: Tensor | None) -> Tensor:
-        if padding_mask is not None:
-            chosen_TK = torch.where(padding_mask[:, None], self.num_experts, chosen_TK)
-        return decision(chosen_TK)
-
-    def _gates(self, score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
-        """What each choice weighs before any is skipped or dropped."""
-        score_TK = score_TE.gather(1, chosen_TK.clamp_max(self.num_experts - 1))
-        gate_TK = torch.where(chosen_TK < self.num_experts, score_TK, 0.0)
-        if self.renormalize == "chosen":
-            gate_TK = _over_sum(gate_TK)
-        return self.scale * gate_TK
-
-    @torch.no_grad()
-    def _admit(
-        self,
-        chosen_TK: Tensor,
-        gate_TK: Tensor,
-        load_E: Tensor | None,
-        sequence_length: int | None,
-        draw: Draw,
-    ) -> _Admitted:
-        wanted_TK = chosen_TK
-        if self.skip is not None:
-            skipped_TK = self.skip(gate_TK, draw, training=self.training)
-            wanted_TK = decision(torch.where(skipped_TK, self.num_experts, chosen_TK))
-        if load_E is None or self.skip is not None:
-            load_E = count_experts(wanted_TK, self.num_experts)
-        if self.capacity is None:
-            return _Admitted(wanted_TK, load_E, torch.zeros_like(wanted_TK, dtype=torch.bool), None)
-        order = self._order(len(chosen_TK), sequence_length, draw.key)
-        expert_TK = self.capacity.drop(
-            wanted_TK, gate_TK, self.num_experts, training=self.training, order=order, draw=draw
-        )
-        expert_TK = decision(expert_TK)
-        most = self.capacity.most_per_expert(
-            order, self.num_experts, self.k, training=self.training
-        )
-        return _Admitted(expert_TK, load_E, wanted_TK != expert_TK, most)
-
-    def _order(
-        self, num_tokens: int, sequence_length: int | None, key: RandomKey | None
-    ) -> Arrangement:
-        """Of the tokens that share slots: this rank's, where sequences lie whole on ranks."""
-        population = self.population
-        if self.capacity is not None and self.capacity.scope == "sequence":
-            population = population if population.ranks_per_sequence > 1 else Alone()
-        return population.arrange(num_tokens, sequence_length, key)
-
-    def _weights(self, gate_TK: Tensor, chosen_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        """Gates of the choices that are carried out, zero elsewhere."""
-        weight_TK = gate_TK
-        if expert_TK is not chosen_TK:  # else gates are zero wherever nothing was chosen
-            weight_TK = torch.where(expert_TK < self.num_experts, gate_TK, 0.0)
-        return self.scale * _over_sum(weight_TK) if self.renormalize == "kept" else weight_TK
-
-
-def _over_sum(gate_TK: Tensor) -> Tensor:
-    """Each row divided by its sum; a row of zeros stays zero."""
-    total_T1 = gate_TK.sum(dim=1, keepdim=True)
-    return gate_TK / total_T1.clamp_min(torch.finfo(gate_TK.dtype).tiny)
-
-
-def _check(
-    dim: int,
-    num_experts: int,
-    k: int,
-    score: str,
-    renormalize: str,
-    losses: Sequence[BalanceLoss],
-) -> None:
-    for field, value in (("dim", dim), ("num_experts", num_experts)):
-        if value < 1:
-            raise UserError(f"{field} must be at least 1, got {value}")
-    if not 1 <= k <= num_experts:
-        raise UserError(
-            f"k must be between 1 and num_experts={num_experts}, got {k}; "
-            f"set k <= {num_experts} or raise num_experts"
-        )
-    if score not in SCORES:
-        raise UserError(
-            f"score must be one of {', '.join(SCORES)}, got {score!r}" + nearest(score, SCORES)
-        )
-    if renormalize not in ("no", "chosen", "kept"):
-        raise UserError(f"renormalize must be 'no', 'chosen' or 'kept', got {renormalize!r}")
-    if k == 1 and renormalize != "no":
-        raise UserError(
-            f"renormalize={renormalize!r} with k=1 makes every weight 1, so the router gets no "
-            "gradient from the task; set renormalize='no' or k >= 2"
-        )
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise UserError(f"losses must have different names, got {names}; set name on each")
+    def _with_bias(self, logits: NoisyLogits) -> NoisyLogits:
+        if self.logit_bias_E is None:
+            return logits
+        bias_E = self.logit_bias_E.to(logits.clean_TE.dtype)
+        clean_TE, noisy_TE = logits.clean_TE + bias_E, logits.noisy_TE + bias_E
+        return NoisyLogits(clean_TE, noisy_TE, logits.std_TE)

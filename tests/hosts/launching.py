@@ -63,7 +63,7 @@ def ranks_on(host: Namespace) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     """Wait, and fail with ``what`` if it takes too long."""
     deadline = time.monotonic() + seconds
     while not true():

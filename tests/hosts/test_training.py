@@ -43,15 +43,17 @@ def endless(network, folder):
     """A job that trains on, until something ends it."""
     process = start(network, folder, "--", "train", "run.toml", *MESH, *LONG)
     log = folder / "logs" / "rank_0000.log"
-    wait_until(
-        lambda: process.poll() is not None or (log.exists() and "step " in log.read_text()),
-        "the job did not start",
-    )
-    assert process.poll() is None, process.communicate()
-    yield process
-    process.kill()
-    process.communicate()
-    wait_until(lambda: all_ended(network), "processes are left on the hosts")
+    try:
+        wait_until(
+            lambda: process.poll() is not None or (log.exists() and "step " in log.read_text()),
+            "the job did not start",
+        )
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+        wait_until(lambda: all_ended(network), "processes are left on the hosts")
 
 
 def losses(run: Path) -> list[float]:
@@ -86,7 +88,7 @@ def trainer(host, rank):
 
 def test_a_killed_rank_stops_both_hosts_and_is_named(network, folder, endless):
     os.kill(trainer(network.b, 3), signal.SIGKILL)
-    out, err = endless.communicate(timeout=90)
+    out, err = endless.communicate(timeout=120)
     assert endless.returncode == 1, out
     first, log, *others = err.splitlines()
     assert first == "error: rank 3 on b was ended by SIGKILL; everything was stopped"
@@ -117,7 +119,7 @@ def test_after_a_death_both_hosts_start_again(network, folder):
 
 def test_ctrl_c_lets_the_step_end_and_saves(network, folder, endless):
     endless.send_signal(signal.SIGINT)
-    out, err = endless.communicate(timeout=90)
+    out, err = endless.communicate(timeout=120)
     assert endless.returncode == 128 + signal.SIGINT
     assert err == "stopped by SIGINT\n"
     assert "everything is saved" in out
@@ -141,6 +143,6 @@ def test_a_cut_cable_ends_the_job(network, folder, endless):
         if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-3:-2] == [b"b"]
     )
     os.kill(int(session), signal.SIGKILL)
-    _, err = endless.communicate(timeout=90)
+    _, err = endless.communicate(timeout=120)
     assert endless.returncode == 1
     assert err.startswith("error: b was lost (status -9): ")

@@ -1,13 +1,18 @@
 """Hidden units and their gradient against autograd."""
 
+import math
+
 import pytest
 import torch
 
+from expertmesh.experts import MLPExperts
 from expertmesh.kernels.activations import (
     ACTIVATIONS,
+    GATED_ACTIVATIONS,
     activation_name,
     hidden_units,
     hidden_units_vjp,
+    known_activation,
     resolve_activation,
 )
 from expertmesh.testing import assert_close
@@ -25,6 +30,34 @@ def test_gradient(name: str, gated: bool) -> None:
     assert_close("hidden", again.hidden, hidden)
     assert_close("gradient", again.backward(grad), expected)
     assert not again.hidden.requires_grad
+
+
+@pytest.mark.parametrize("name", sorted(GATED_ACTIVATIONS))
+def test_gradient_of_both_halves(name: str) -> None:
+    activation = resolve_activation(name)
+    pre = (6 * torch.randn(9, 6, dtype=torch.float64)).requires_grad_()  # beyond clamps too
+    hidden = hidden_units(activation, pre, True)
+    grad = torch.randn_like(hidden)
+    (expected,) = torch.autograd.grad(hidden, pre, grad)
+    again = hidden_units_vjp(activation, pre.detach(), True)
+    assert_close("hidden", again.hidden, hidden)
+    assert_close("gradient", again.backward(grad), expected)
+    assert activation_name(activation) == name
+    assert known_activation(activation) is None  # kernels that go by name must refuse it
+
+
+def test_clamped_swiglu_by_its_formula() -> None:
+    pre = torch.tensor([[1.0, 9.0, -9.0, 0.5, 9.0, -9.0]])
+    hidden = hidden_units(resolve_activation("clamped_swiglu"), pre, True)[0]
+    for out, g, u in zip(hidden.tolist(), (1.0, 7.0, -9.0), (0.5, 7.0, -7.0), strict=True):
+        assert out == pytest.approx(g / (1 + math.exp(-1.702 * g)) * (u + 1), rel=1e-5)
+
+
+def test_gated_activations_need_gated_experts() -> None:
+    experts = MLPExperts(4, 4, 2, activation="clamped_swiglu")
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="'clamped_swiglu' is for gated experts"):
+        experts(torch.ones(1, 4), ids, torch.ones(1, 1))
 
 
 def test_names() -> None:

@@ -22,7 +22,15 @@ from expertmesh.routing.population import Alone
 from expertmesh.shards import Shard, local, shard_of
 from expertmesh.testing import run_on_ranks
 from expertmesh.testing.equivalence import assemble, pieces
-from tests.parallel.user_model import DIM, EXPERTS, UserModel, moe_of
+from tests.parallel.user_model import (
+    DIM,
+    EXPERTS,
+    UserModel,
+    gradient_pieces,
+    moe_of,
+    own_tokens,
+    tokens,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=40,
@@ -215,17 +223,25 @@ def test_experts_that_do_not_fit_are_refused() -> None:
         assert "etp must divide the hidden width of up, got etp=2 for 5 hidden units" in odd
 
 
-def copies_of_different_modules() -> tuple[Tensor, Tensor]:
-    """What cannot be dealt out can be copied."""
-    mesh = Mesh(edp=2)
+def copied(number: int) -> tuple[Tensor, dict[str, Shard]]:
+    """What cannot be dealt out can be copied, here in pieces; outputs and gradients."""
+    mesh = Mesh()
     torch.manual_seed(0)
-    moe = parallelize(heterogeneous(), mesh)
-    x_TD = torch.linspace(-1, 1, 6 * DIM).view(6, DIM)
-    return moe(x_TD.chunk(2)[mesh.rank]).detach(), x_TD
+    moe = heterogeneous().double()
+    if mesh.world > 1:
+        parallelize(moe, mesh, zero=3)
+    x_TD = tokens(number, 0)[own_tokens(mesh, number)]
+    y_TD = moe(x_TD)
+    (y_TD * x_TD).sum().backward()
+    return y_TD.detach(), gradient_pieces(moe)
 
 
-def test_experts_of_different_kinds_are_copied() -> None:
-    views = run_on_ranks(2, copies_of_different_modules)
-    torch.manual_seed(0)
-    expected = heterogeneous()(views[0][1])
+@pytest.mark.parametrize("number", [9, 1])
+def test_experts_of_different_kinds_are_copied(number: int) -> None:
+    # Of one token only one rank has any, and it reaches one expert only: nobody waits.
+    views = run_on_ranks(2, copied, number, timeout=30)
+    expected, gradients = copied(number)
     torch.testing.assert_close(torch.cat([y for y, _ in views]), expected)
+    got = assemble([view for _, view in views])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(got[name], gradient.local, msg=name)

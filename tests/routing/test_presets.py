@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from expertmesh.random import RandomKey
 from expertmesh.routing import (
     ROUTER_PRESETS,
     Capacity,
@@ -47,6 +48,65 @@ def test_presets_are_set_as_published():
     assert (v3.score, v3.renormalize, v3.scale, v3.bias.rate) == ("sigmoid", "chosen", 2.5, 1e-3)
     assert (v3.group_limit.num_groups, v3.group_limit.kept) == (8, 4)
     assert v3.losses[0].scope == "sequence"
+
+
+def test_presets_of_codes_are_set_as_published():
+    local = make("gshard_local")
+    assert local.capacity.scope == local.losses[0].scope == "sequence"
+    assert (local.k, local.renormalize, local.skip.threshold) == (2, "chosen", 0.5)
+    glam = make("glam")
+    assert (glam.renormalize, glam.skip, glam.capacity.factor) == ("chosen", None, 2.0)
+    v_moe = make("v_moe")
+    assert (v_moe.k, v_moe.renormalize, v_moe.capacity.formula) == (2, "no", "vmoe")
+    assert {(loss.name, loss.coef) for loss in v_moe.losses} == {
+        ("importance", 0.005),
+        ("load", 0.005),
+    }
+    assert v_moe.noise.std is None
+    assert (make("qwen2_moe").k, make("qwen2_moe").renormalize) == (4, "no")
+    llama4 = make("llama4")
+    assert (llama4.k, llama4.score, llama4.renormalize) == (1, "sigmoid", "no")
+    gpt_oss = make("gpt_oss")
+    assert (gpt_oss.k, gpt_oss.renormalize) == (4, "chosen")
+    assert gpt_oss.logit_bias_E.shape == (32,)
+    assert make("mixtral").logit_bias_E is None
+    deepseek = make("deepseek_moe")
+    assert (deepseek.k, deepseek.renormalize, deepseek.losses[0].scope) == (6, "no", "micro_batch")
+    tutel = make("tutel")
+    assert (tutel.renormalize, tutel.capacity.formula) == ("chosen", "tutel")
+    deepspeed = make("deepspeed")
+    assert (deepspeed.k, deepspeed.renormalize, deepspeed.capacity.order) == (1, "no", "random")
+    topk = make("deepspeed_topk")
+    assert (topk.renormalize, topk.capacity.order) == ("kept", "probability")
+    megatron = make("megatron")
+    assert (megatron.renormalize, megatron.capacity) == ("chosen", None)
+    assert megatron.losses[0].form == "megablocks"
+
+
+def test_random_token_selection_serves_as_many_but_others():
+    x = torch.randn(64, DIM, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for step in range(2):
+        router = make("deepspeed", seed=1, init_std=1.0, capacity={"factor": 0.5})
+        routing = router(x, key=RandomKey.of(0, step, torch.arange(64)))
+        kept.append(routing.expert_TK < 32)
+        assert int((routing.chosen_TK == 32).sum()) == 0
+    assert kept[0].sum() == kept[1].sum() < 64
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(router.eval()(x).expert_TK, router(x).expert_TK)
+
+
+def test_logit_bias_moves_choices_and_is_trained():
+    router = make("gpt_oss")
+    x = torch.randn(5, DIM)
+    with torch.no_grad():
+        router.logit_bias_E[7] = 100.0
+    routing = router(x)
+    assert (routing.expert_TK[:, 0] == 7).all()
+    routing.weight_TK[:, 0].sum().backward()
+    assert router.logit_bias_E.grad.shape == (32,)
+    router.reset_parameters(0)
+    assert router.logit_bias_E.abs().sum() == 0
 
 
 def test_overrides():

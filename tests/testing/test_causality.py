@@ -8,6 +8,7 @@ from expertmesh.errors import UserError
 from expertmesh.experts import MLPExperts
 from expertmesh.layer import MoE
 from expertmesh.routing import Capacity, NormalNoise, TopKRouter, ZLoss
+from expertmesh.soft_moe import SoftMoE
 from expertmesh.testing import is_causal
 
 
@@ -77,6 +78,10 @@ def test_ids_and_further_inputs_change_together():
 def moe(**options):
     experts = MLPExperts(8, 12, 4, init_std=0.5, seed=0)
     return MoE(TopKRouter(8, 4, 2, init_std=1.0, seed=0, **options), experts)
+
+
+def test_an_example_is_made_for_what_has_a_width():
+    assert not is_causal(SoftMoE(MLPExperts(8, 12, 4, seed=0), 2, seed=0))
 
 
 def test_random_numbers_and_balance_losses_are_no_leaks():

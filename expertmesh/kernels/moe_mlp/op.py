@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.activations import Activation, known_activation, resolve_activation
+from expertmesh.kernels.activations import (
+    Activation,
+    GatedActivation,
+    known_activation,
+    resolve_activation,
+)
 from expertmesh.kernels.backends import Problem, choose
 from expertmesh.kernels.dtypes import autocast_dtype, without_autocast
 from expertmesh.kernels.moe_mlp.decode import DecodeMLP
@@ -53,7 +58,8 @@ def moe_mlp(
         down: ``(E, D, F)``.
         up_bias: ``up``'s shape without D, or None.
         down_bias: ``(E, D)``, or None.
-        activation: A name (silu, gelu, gelu_tanh, relu, relu2) or an elementwise callable.
+        activation: A name (silu, gelu, gelu_tanh, relu, relu2; for gated experts also
+            clamped_swiglu) or an elementwise callable.
         backend: ``"auto"``, or one of decode, gather, triton, grouped_mm,
             loop, reference.
 
@@ -79,7 +85,10 @@ def moe_mlp(
         wide = torch.promote_types(torch.float32, dtype)
         sum_dtype = torch.promote_types(wide, weight_RK.dtype)
         gated = up.dim() == 4
-        spec = MLPSpec(resolve_activation(activation), gated, x_RD.dtype, sum_dtype)
+        function = resolve_activation(activation)
+        if isinstance(function, GatedActivation) and not gated:
+            raise ValueError(f"activation {function.name!r} is for gated experts, up is not gated")
+        spec = MLPSpec(function, gated, x_RD.dtype, sum_dtype)
         return choose(MLP_BACKENDS, _problem(operands, spec), backend).run(operands, spec)
 
 

@@ -1,0 +1,65 @@
+"""The sections of docs/benchmarks.md about routers."""
+
+from typing import Any
+
+READING = """\
+How to read it. The runs are short and the model is small: where two routers differ by less than
+seeds do, the table does not rank them, and no paper's claim is tested here. Experts per token
+differ, and with them the work: `switch`, `base`, `thor` and the hash routers take one, `two levels`
+four, the others two. A router that is not causal is judged by generated, not by its validation
+loss. `uniform` and `thor` draw by a token's place in the batch, so their generated loss is that
+of another draw and not a leak. A capacity is shared with the other sequences of a batch, so it
+moves generated a little in causal routers too.
+"""
+
+
+def routers(result: dict[str, Any], made_by: str) -> str:
+    """Each router trains the same model."""
+    seeds = sorted({row["seed"] for row in result["runs"]})
+    lines = [
+        "## Each router trains the same model\n",
+        made_by,
+        f"The demo's decoder with {result['num_experts']} experts in each of its two MoE layers; "
+        f"{result['steps']} steps of {result['tokens_per_step']} tokens, the same ones for every "
+        f"router; means over seeds ({_listed(seeds)}). Validation loss in nats per token, and the "
+        "difference between the highest and the lowest seed. Generated: what the loss of some "
+        "held-out tokens rises by when each is routed with its past alone, as in generation. "
+        "Imbalance (highest load over fair), dead experts of a layer and drops over the last "
+        "quarter of training. Milliseconds of processor time, a step's median.\n",
+        "| router | seeds | causal | val loss | spread | generated | imbalance | dead | dropped "
+        "| ms |",
+        f"|---|---:|---|{'---:|' * 7}",
+    ]
+    for name, row in sorted(result["means"].items(), key=lambda item: item[1]["val_loss"]):
+        number = sum(run["router"] == name for run in result["runs"])
+        lines.append(
+            f"| {name} | {number} | {'yes' if row['leaks'] is None else 'no'} | "
+            f"{row['val_loss']:.4f} | {row['val_loss_spread']:.4f} | "
+            f"{row['generated_minus_at_once']:+.4f} | {row['imbalance']:.2f} | {row['dead']:.1f} | "
+            f"{row['dropped']:.1%} | {row['step_ms']:.0f} |"
+        )
+    return "\n".join([*lines, "", READING, ""])
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(str(seed) for seed in seeds)
+
+
+def routing_cost(result: dict[str, Any], made_by: str) -> str:
+    """What routing costs on a CPU."""
+    shape = ", ".join(f"{letter} {result['shape'][letter]}" for letter in "TDFEK")
+    times, fastest = result["median_ms"], result["min_ms"]
+    lines = [
+        "## What routing costs on a CPU\n",
+        made_by,
+        f"{shape}, float32, forward and backward in training. Top-k takes "
+        f"{result['share_of_layer']:.1%} of the layer's {result['layer_ms']:.0f} ms; wanted: at "
+        f"most {result['targets']['share_of_layer']:.0%}.\n",
+        "| router | ms, median | fastest | times top-k |",
+        "|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {name} | {time:.1f} | {fastest[name]:.1f} | {time / times['top-k']:.2f} |"
+        for name, time in times.items()
+    ]
+    return "\n".join([*lines, ""])
