@@ -53,7 +53,7 @@ def check_config(config: DecoderConfig) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
     if not 0 <= config.dropout < 1:
         raise ValueError(
-            f"dropout must be at least 0 and below 1, got {config.dropout}; set dropout = 0 for none"
+            f"dropout must be at least 0 and below 1, got {config.dropout}; set dropout = 0"
         )
     _one_of(config, "losses", ("attach", "return"))
     _one_of(config, "activation", ACTIVATIONS)

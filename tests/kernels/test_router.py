@@ -243,7 +243,7 @@ def test_counters_in_one_launch(tokens: int, num_experts: int, k: int, length: i
     names = ("load", "choices", "dropped", "tokens", "entropy", "max_logit")
     for step in range(3):
         routing = router(normal(tokens, 8, seed=step), sequence_length=length)
-        one_by_one.count(routing, None, length)
+        one_by_one.count(routing, tokens, None, length)
         router_count(
             routing.logits_TE,
             routing.chosen_TK,

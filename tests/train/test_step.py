@@ -8,10 +8,10 @@ from expertmesh.data import Batch
 from expertmesh.data.dataset import IGNORE
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig, DecoderLM
-from expertmesh.train.optimizer import OptimConfig, build_optimizer
-from expertmesh.train.precision import Precision, PrecisionName
 from expertmesh.train.micro_batch import micro_batches
+from expertmesh.train.optimizer import OptimConfig, build_optimizer
 from expertmesh.train.passes import OneByOne, token_loss
+from expertmesh.train.precision import Precision, PrecisionName
 from expertmesh.train.step import Stepper
 from tests.train.tiny import MODEL
 
