@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 FAILING = """
 import os, sys, time
@@ -35,8 +36,11 @@ def test_a_rank_that_was_killed_is_reported(tmp_path):
 
 def test_a_signal_is_one_line(tmp_path):
     process = run(tmp_path, "import os, time; os.write(1, b'up\\n'); time.sleep(60)")
-    # torchrun may say a word of its own before.
-    assert "up\n" in iter(process.stdout.readline, "")
+    # Both ranks run before the signal comes; torchrun may say a word of its own before.
+    lines = iter(process.stdout.readline, "")
+    assert "up\n" in lines
+    assert "up\n" in lines
+    time.sleep(2)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1
