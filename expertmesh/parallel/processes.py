@@ -23,11 +23,6 @@ def launched(environ: Mapping[str, str] = os.environ) -> int:
     return int(text)
 
 
-def first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the process that speaks for all, before they have joined."""
-    return environ.get("RANK", "0") == "0"
-
-
 def local_device(device: torch.device, environ: Mapping[str, str] = os.environ) -> torch.device:
     """The accelerator of this process among those of its host; a CPU is shared by all."""
     if device.type == "cpu" or launched(environ) == 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from expertmesh.errors import UserError, nearest
 from expertmesh.random import label
 from expertmesh.routing.draw import Draw
+from expertmesh.routing.logits import coarse
 from expertmesh.routing.population import Arrangement
 from expertmesh.routing.scope import Scope, check_scope, scope_size
 from expertmesh.routing.selection import rank_within
@@ -168,23 +169,13 @@ def _by_token(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangeme
 
 def _by_priority(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     k = chosen_TK.shape[1]
-    best_N = order.whole(_rank_of_weight(weight_TK.amax(dim=1)))
+    best_N = order.whole(coarse(weight_TK.amax(dim=1)))
     token_N = best_N.argsort(descending=True, stable=True)
     return (token_N[:, None] * k + torch.arange(k, device=token_N.device)).T.reshape(-1)
 
 
 def _by_probability(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
-    return order.whole(_rank_of_weight(weight_TK)).reshape(-1).argsort(descending=True, stable=True)
-
-
-def _rank_of_weight(weight: Tensor) -> Tensor:
-    """Integers that sort as weights of at least 0 do, to 12 bits.
-
-    Two tokens that are equal to the model get weights that differ by rounding, and rounding
-    differs with the shapes of matrix products, that is with the mesh. It must not decide.
-    """
-    bits = weight.to(torch.float32).contiguous().view(torch.int32)
-    return (bits + (1 << 11)) >> 12
+    return order.whole(coarse(weight_TK)).reshape(-1).argsort(descending=True, stable=True)
 
 
 def _at_random(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:

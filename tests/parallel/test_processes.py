@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from expertmesh.errors import UserError
 from expertmesh.parallel.processes import (
-    first_rank,
     joined,
     joined_world,
     launched,
@@ -30,10 +29,7 @@ def test_a_number_that_is_none_is_refused(text: str) -> None:
         launched({"WORLD_SIZE": text})
 
 
-def test_who_speaks_and_where() -> None:
-    assert first_rank({})
-    assert first_rank({"RANK": "0"})
-    assert not first_rank({"RANK": "3"})
+def test_each_process_of_a_host_has_its_own_accelerator() -> None:
     four = {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}
     assert local_device(CPU, four) == CPU
     assert local_device(CUDA, four) == torch.device("cuda", 2)
