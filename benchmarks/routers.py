@@ -30,13 +30,13 @@ import expertmesh as em
 from expertmesh.data import DataBundle, Loader, build_data
 from expertmesh.data.loader import collate
 from expertmesh.errors import CausalityWarning
+from expertmesh.kernels.cross_entropy import token_loss
 from expertmesh.models import replace_routers
 from expertmesh.routing import Router, balanced_table, random_table
 from expertmesh.train.build import build_model, passes_over
 from expertmesh.train.config import RunFile
 from expertmesh.train.loop import make_evaluator
 from expertmesh.train.optimizer import build_optimizer, set_lr
-from expertmesh.train.passes import token_loss
 from expertmesh.train.run_file import load_run_file
 from expertmesh.train.step import Stepper
 

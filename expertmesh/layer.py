@@ -19,8 +19,11 @@ from expertmesh.random import RandomKey
 from expertmesh.recompute import is_recompute
 from expertmesh.routing import Router, Routing
 from expertmesh.routing.attach import attach_loss
+from expertmesh.routing.draw import Draw
 
 __all__ = ["MoE", "MoELoss", "moe_layers", "set_loss_scale"]
+
+_DROPOUT = random.label("expert dropout")
 
 
 class MoE(nn.Module):
@@ -133,8 +136,12 @@ class MoE(nn.Module):
             key=key,
             routing=routing,
         )
-        sent = self.dispatcher.dispatch(_rows(x_TD, decided), decided)
-        y_RD = self.experts(sent.x_RD, sent.expert_RK, sent.weight_RK)
+        draw_T = self._draws(key, x_TD)
+        sent = self.dispatcher.dispatch(
+            _rows(x_TD, decided), decided, None if draw_T is None else _rows(draw_T, decided)
+        )
+        drawn = {} if sent.draw_R is None else {"draw_R": sent.draw_R}
+        y_RD = self.experts(sent.x_RD, sent.expert_RK, sent.weight_RK, **drawn)
         y_TD = _tokens(self.dispatcher.combine(y_RD, sent.context), decided, len(x_TD))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
@@ -158,6 +165,12 @@ class MoE(nn.Module):
         """Balance losses of forward passes since the last call; for ``losses="return"``."""
         collected, self._uncollected = self._uncollected, []
         return collected
+
+    def _draws(self, key: RandomKey | None, x_TD: Tensor) -> Tensor | None:
+        """A random number for each token, where the experts drop hidden units."""
+        if not self.experts.training or self.experts.dropout == 0:
+            return None
+        return Draw(key, self.router.layer, len(x_TD), x_TD.device, training=True).bits(_DROPOUT)
 
     def _hand_over(
         self, y_TD: Tensor, decided: Routing, *, returned: bool
@@ -203,9 +216,9 @@ class MoE(nn.Module):
             )
 
 
-def _rows(x_TD: Tensor, routing: Routing) -> Tensor:
+def _rows(value_TX: Tensor, routing: Routing) -> Tensor:
     """What is to be dispatched: the tokens, or copies of those that experts chose."""
-    return x_TD if routing.token_N is None else x_TD[routing.token_N]
+    return value_TX if routing.token_N is None else value_TX[routing.token_N]
 
 
 def _tokens(y_ND: Tensor, routing: Routing, num_tokens: int) -> Tensor:

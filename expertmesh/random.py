@@ -83,7 +83,16 @@ def fold(key: int | Tensor, *parts: int | str) -> int | Tensor:
     return key
 
 
-def _bits(key: int | Tensor, index: Tensor) -> Tensor:
+def bits(key: int | Tensor, index: Tensor) -> Tensor:
+    """64 random bits as int64, one number for each element of ``index``.
+
+    Args:
+        key: An int, or an int64 tensor that broadcasts with ``index``.
+        index: int64 tensor of any shape.
+
+    Returns:
+        Tensor of the broadcast shape.
+    """
     return _mix(_mix(index * _signed(_GOLDEN)) ^ key)
 
 
@@ -91,15 +100,15 @@ def uniform(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32
     """Numbers in [0, 1), one for each element of ``index``.
 
     Args:
-        key: An int, or a 0-d int64 tensor.
+        key: An int, or an int64 tensor that broadcasts with ``index``.
         index: int64 tensor of any shape; equal indices give equal numbers.
         dtype: float32 (24 random bits) or float64 (53 random bits).
 
     Returns:
         Tensor of ``index``'s shape.
     """
-    bits = 53 if dtype == torch.float64 else 24
-    return _shift_right(_bits(key, index), 64 - bits).to(dtype) * 2.0**-bits
+    width = 53 if dtype == torch.float64 else 24
+    return _shift_right(bits(key, index), 64 - width).to(dtype) * 2.0**-width
 
 
 def normal(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -91,7 +91,7 @@ class SoftMoE(nn.Module):
         Args:
             x: ``(..., S, D)``; S tokens make a sequence.
             padding_mask: bool ``(..., S)``, True for padding: it enters no slot and gets 0.
-            key: Taken like every layer's; nothing is drawn here.
+            key: Names the random numbers of this step, for experts with dropout.
 
         Returns:
             ``x``'s shape and dtype.
@@ -108,10 +108,18 @@ class SoftMoE(nn.Module):
             wide_BSD = x_BSD.to(wide_dtype(x, self.phi_DS))
             dispatch_BSN, combine_BSN = self._mixtures(wide_BSD, padding_BS1)
             slot_BND = (dispatch_BSN.mT @ wide_BSD).to(x.dtype)
-        out_BND = self.moe(slot_BND)
+        out_BND = self.moe(slot_BND, key=self._slot_key(key, x_BSD.shape[1]))
         with torch.autocast(x.device.type, enabled=False):
             y_BSD = (combine_BSN @ out_BND.to(wide_BSD.dtype)).to(x.dtype)
         return y_BSD.reshape(x.shape)
+
+    def _slot_key(self, key: RandomKey | None, length: int) -> RandomKey | None:
+        """The slots' places in the batch: those of a sequence follow from its first token's."""
+        if key is None:
+            return None
+        first_B1 = key.token_index.reshape(-1, max(length, 1))[:, :1]
+        slot_N = torch.arange(self.num_slots, device=first_B1.device)
+        return RandomKey(key.seed, first_B1 * self.num_slots + slot_N)
 
     def _mixtures(self, x_BSD: Tensor, padding_BS1: Tensor | None) -> tuple[Tensor, Tensor]:
         """``D`` and ``C``, both ``(B, S, E P)``; rows of padding are zero."""

@@ -77,3 +77,14 @@ def test_random_key_changes_with_seed_and_step():
     index = torch.arange(3)
     seeds = {RandomKey.of(s, t, index).seed.item() for s in range(3) for t in range(3)}
     assert len(seeds) == 9
+
+
+def test_bits_take_a_key_for_each_row():
+    key_N, index_F = random.bits(5, torch.arange(6)), torch.arange(4)
+    table = random.bits(key_N.unsqueeze(1), index_F)
+    assert table.shape == (6, 4)
+    for row, key in enumerate(key_N.tolist()):
+        assert torch.equal(table[row], random.bits(key, index_F))
+    assert len(table.unique()) == 24
+    rows = random.uniform(key_N.unsqueeze(1), index_F)
+    assert torch.equal(rows[2], random.uniform(int(key_N[2]), index_F))

@@ -114,25 +114,26 @@ def test_initial_values_follow_the_seed():
     assert list(moe_layers(one)) == ["moe"]
 
 
-def outputs(part=slice(None), mesh=None):
+def outputs(part=slice(None), mesh=None, dispatch="all_to_all"):
     x = normal(3, torch.arange(4 * 5 * DIM), torch.float64).view(4, 5, DIM)
     layer = make(num_experts=4)
     if mesh is not None:
-        layer = parallelize(layer, mesh, zero=0)
+        layer = parallelize(layer, mesh, zero=0, dispatch=dispatch)
     y = layer(x[part])
     y.square().sum().backward()
     grad = layer.phi_DS.grad
     return y.detach(), grad.full_tensor() if hasattr(grad, "full_tensor") else grad
 
 
-def on_ranks():
+def on_ranks(dispatch):
     mesh = Mesh(ep=2)
-    return outputs(slice(2 * mesh.rank, 2 * mesh.rank + 2), mesh)
+    return outputs(slice(2 * mesh.rank, 2 * mesh.rank + 2), mesh, dispatch)
 
 
-def test_experts_shard_over_two_ranks():
+@pytest.mark.parametrize("dispatch", ["all_to_all", "static"])
+def test_experts_shard_over_two_ranks(dispatch):
     y, grad = outputs()
-    views = run_on_ranks(2, on_ranks)
+    views = run_on_ranks(2, on_ranks, dispatch)
     assert_close("output", torch.cat([view[0] for view in views]), y)
     for view in views:
         assert_close("gradient", view[1], grad)

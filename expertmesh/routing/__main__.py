@@ -33,7 +33,7 @@ HEADER = (
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
     (
-        "`TopKRouter` with `LearnedNoise`",
+        "`noisy_top_k`: `TopKRouter` with `LearnedNoise`",
         "softmax over the k highest of x W + N(0, softplus(x W_noise)²)",
         "any",
         "none",
@@ -43,7 +43,17 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "1701.06538",
     ),
     (
-        "`HierarchicalRouter`",
+        "`entropy`: `TopKRouter` with `LocalEntropyLoss`, `GlobalEntropyLoss`",
+        "top-k of p; weights over their sum",
+        "any",
+        "none",
+        "",
+        "mean of H(p), -H(mean p) (-log E)",
+        "yes",
+        "2206.02770",
+    ),
+    (
+        "`hierarchical`: `HierarchicalRouter`",
         "softmax over the best groups times softmax over the best experts of each",
         "`k_groups` `k_each`",
         "none",
@@ -53,7 +63,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "1701.06538, B",
     ),
     (
-        "`CosineRouter`",
+        "`cosine`: `CosineRouter`",
         "top-k of the softmax of cos(W x + b, M) exp(τ); weights over their sum",
         "any",
         "any",
@@ -63,7 +73,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2206.03382",
     ),
     (
-        "`HashRouter`",
+        "`hash`: `HashRouter`",
         "a table's entry for the token, the previous one or the position; weight 1",
         "1",
         "none",
@@ -73,7 +83,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2106.04426",
     ),
     (
-        "`BatchwiseRouter`",
+        "`batchwise`: `BatchwiseRouter`",
         "as expert choice in training, p above a learned threshold in evaluation; weights over "
         "their sum",
         "0 to E, `k` on average",
@@ -84,7 +94,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "1701.06538, F",
     ),
     (
-        "`ExpertChoiceRouter`",
+        "`expert_choice`: `ExpertChoiceRouter`",
         "p over experts; each expert takes its best tokens, with weight p",
         "0 to E, `factor` on average",
         "`factor` n / E, always full",
@@ -94,7 +104,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2202.09368",
     ),
     (
-        "`ExpertChoiceRouter` with `TokenCap`",
+        "`expert_choice` with `most`: `TokenCap`",
         "the same by an assignment that lets a token have at most `most` experts",
         "0 to `most`",
         "`factor` n / E",
@@ -104,7 +114,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2202.09368, 3.3",
     ),
     (
-        "`BaseRouter`",
+        "`base`: `BaseRouter`",
         "balanced assignment that maximises Σ x w; sigmoid(x w) of the assigned",
         "1",
         "n / E / none",
@@ -114,7 +124,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2103.16716",
     ),
     (
-        "`SinkhornRouter`",
+        "`sinkhorn`: `SinkhornRouter`",
         "k highest of exp(x W) with equal row and column sums; raw scores",
         "any",
         "none",
@@ -124,7 +134,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2202.01169",
     ),
     (
-        "`ThorRouter`",
+        "`thor`: `ThorRouter`",
         "an expert at random, the same for a whole training batch; weight 1",
         "1",
         "none",
@@ -134,7 +144,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2110.04260",
     ),
     (
-        "`UniformRouter`, `RoundRobinRouter`, `FixedRouter`",
+        "`uniform`, `round_robin`, `fixed`: `UniformRouter`, `RoundRobinRouter`, `FixedRouter`",
         "at random, in turn, always the same; weight 1/k",
         "any",
         "none",
@@ -174,7 +184,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
         "2308.00951",
     ),
 )
-"""Routers that are no preset of ``TopKRouter``."""
+"""Routers that are no preset of ``TopKRouter``, by their name in a run file where they have one."""
 
 
 def router_table() -> str:
@@ -205,6 +215,9 @@ def _formula(router: TopKRouter) -> str:
     parts = [f"top-{router.k} of {score}"]
     if router.bias is not None:
         parts[0] += " + selection bias"
+    if router.sampling != "no":
+        drawn = {"second": "second drawn from p", "all": "all drawn from p"}[router.sampling]
+        parts.append(drawn)
     if router.group_limit is not None:
         parts.append(f"in {router.group_limit.kept} of {router.group_limit.num_groups} groups")
     if isinstance(router.skip, RandomSecond):

@@ -11,6 +11,7 @@ from expertmesh.random import RandomKey
 from expertmesh.routing.auction import balanced_assignment
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import coarse, wide_logits, without_padding
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.selection import count_experts, top_k
@@ -108,7 +109,7 @@ class BaseRouter(Router):
             logits_TE = wide_logits(x_TD, self.weight_ED)
             order = self.population.arrange(len(x_TD), sequence_length, key)
             if routing is not None:
-                expert_T1 = routing.expert_TK
+                expert_T1 = recorded(routing, self.num_experts).expert_TK
             elif self.training:
                 affinity_NE = order.whole(coarse(logits_TE.detach()))
                 padding_N = None if padding_mask is None else order.whole(padding_mask)

@@ -16,6 +16,7 @@ from expertmesh.routing.logits import wide_logits, without_padding
 from expertmesh.routing.losses import BalanceLoss, Evidence
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.picks import best_tokens, groups_of, rank_of, rows_of
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.scope import Scope, check_scope
@@ -147,6 +148,7 @@ class BatchwiseRouter(Router):
             logits_TE = wide_logits(x_TD, self.weight_ED)
             score_TE = logits_TE.softmax(dim=1)
             if routing is not None:
+                routing = recorded(routing, self.num_experts, "either")
                 token_N, expert_NK = routing.token_N, routing.expert_TK
             elif self.training:
                 token_N, expert_NK = self._by_batch(score_TE, padding_mask, sequence_length, key)

@@ -38,6 +38,10 @@ class Draw:
         """``(T, width)`` standard normal numbers under a label (see ``random.label``)."""
         return random.normal(self._seed(label), self._index(width), dtype)
 
+    def bits(self, label: int) -> Tensor:
+        """int64 ``(T,)``: a number of 64 random bits for each token."""
+        return random.bits(self._seed(label), self._index(1).squeeze(1))
+
     def _seed(self, label: int) -> Tensor:
         if not self.training:
             seed = torch.zeros((), dtype=torch.int64, device=self.device)

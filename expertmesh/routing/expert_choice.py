@@ -1,7 +1,7 @@
 """Expert Choice: each expert takes the tokens that score highest (arXiv 2202.09368)."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from expertmesh.random import RandomKey
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import wide_logits, without_padding
 from expertmesh.routing.picks import Groups, best_tokens, groups_of, rank_of, rows_of
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.scope import Scope, check_scope
@@ -158,6 +159,7 @@ class ExpertChoiceRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = wide_logits(x_TD, self.weight_ED)
             score_TE = logits_TE.softmax(dim=1)
+            score_ET = score_TE.detach().T.contiguous()  # experts look through rows of it
             if routing is None:
                 groups = groups_of(
                     self.population,
@@ -168,13 +170,16 @@ class ExpertChoiceRouter(Router):
                     sequence_length=sequence_length,
                     key=key,
                 )
-                token_N, chosen_N, expert_N = self._choose(score_TE, groups, padding_mask)
+                token_N, chosen_N, expert_N = self._choose(score_ET, groups, padding_mask)
             else:
-                token_N, chosen_N, expert_N = _recorded(routing)
+                routing = recorded(routing, self.num_experts, "experts")
+                assert routing.token_N is not None
+                token_N, chosen_N = routing.token_N, routing.chosen_TK[:, 0]
+                expert_N = routing.expert_TK[:, 0]
             known_N = expert_N.clamp_max(self.num_experts - 1)
-            # Of the flat table: half the time of indexing by pairs, on a CPU.
-            score_N = score_TE.flatten().gather(0, token_N * self.num_experts + known_N)
-            weight_N = torch.where(expert_N < self.num_experts, score_N, 0.0)
+            weight_N: Tensor = _LookUp.apply(score_TE, score_ET, token_N, known_N)
+            if padding_mask is not None or self.cap is not None or routing is not None:
+                weight_N = torch.where(expert_N < self.num_experts, weight_N, 0.0)
         return Routing(
             num_experts=self.num_experts,
             expert_TK=expert_N[:, None],
@@ -188,14 +193,14 @@ class ExpertChoiceRouter(Router):
 
     @torch.no_grad()
     def _choose(
-        self, score_TE: Tensor, groups: Groups, padding_mask: Tensor | None
+        self, score_ET: Tensor, groups: Groups, padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, the experts that chose them, and these again with E where the cap forbids."""
-        rank_NE = groups.order.whole(rank_of(score_TE, padding_mask))
+        rank_NE = groups.order.whole(rank_of(score_ET.T, padding_mask))
         if self.cap is not None:
             rank_NE = self._capped(self.cap, rank_NE, groups)
         place_GEJ = best_tokens(rank_NE, groups)
-        token_N, expert_N, row_N = rows_of(place_GEJ, groups, len(score_TE), padding_mask)
+        token_N, expert_N, row_N = rows_of(place_GEJ, groups, score_ET.shape[1], padding_mask)
         token_N, chosen_N = decision(token_N), decision(expert_N)
         if self.cap is None:
             return token_N, chosen_N, chosen_N
@@ -222,10 +227,23 @@ def _over(rank_NE: Tensor, place_GEJ: Tensor, most: int) -> Tensor:
     return ~kept_NE[place_GEJ, expert_E]
 
 
-def _recorded(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    if routing.token_N is None:
-        raise UserError(
-            "routing must be recorded from a router whose experts choose, with token_N; got one "
-            "in which tokens choose"
-        )
-    return routing.token_N, routing.chosen_TK[:, 0], routing.expert_TK[:, 0]
+class _LookUp(torch.autograd.Function):
+    """``score_TE[token_N, expert_N]``, read from the table by expert, whose rows fit a CPU's cache.
+
+    The gradient goes to the table by token, where it is wanted.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, score_TE: Tensor, score_ET: Tensor, token_N: Tensor, expert_N: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(token_N, expert_N)
+        ctx.shape = score_TE.shape
+        return score_ET.flatten().gather(0, expert_N * len(score_TE) + token_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
+        token_N, expert_N = ctx.saved_tensors
+        grad_TE = grad_N.new_zeros(ctx.shape)
+        grad_TE.view(-1).scatter_add_(0, token_N * ctx.shape[1] + expert_N, grad_N)
+        return grad_TE, None, None, None

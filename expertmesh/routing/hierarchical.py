@@ -23,6 +23,7 @@ from expertmesh.routing.losses import (
     squared_cv,
 )
 from expertmesh.routing.noise import Noise, NoisyLogits
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.scope import Scope, check_scope
@@ -204,8 +205,10 @@ class HierarchicalRouter(Router):
         x_TD = without_padding(x_TD, padding_mask)
         with torch.autocast(x_TD.device.type, enabled=False):
             levels = self._levels(x_TD, key)
-            recorded = None if routing is None else routing.chosen_TK
-            expert_TK = self._choose(levels, padding_mask) if recorded is None else recorded
+            if routing is None:
+                expert_TK = self._choose(levels, padding_mask)
+            else:
+                expert_TK = recorded(routing, self.num_experts).chosen_TK
             gate_TK = self._gates(levels, expert_TK)
             logits_TE = levels.joint("clean_TE", self.num_groups)
             losses = {}

@@ -31,5 +31,5 @@ def coarse(value: Tensor) -> Tensor:
     Two tokens that are equal to the model get scores that differ by rounding, and rounding differs
     with the shapes of matrix products, that is with the mesh. It must not decide between them.
     """
-    bits = value.to(torch.float32).contiguous().view(torch.int32)
+    bits = value.to(torch.float32).view(torch.int32)
     return ((bits + (1 << 11)) & -(1 << 12)).view(torch.float32)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
+from expertmesh.kernels.router import counts, router_balance
 from expertmesh.random import RandomKey
 from expertmesh.routing.noise import NoisyLogits
-from expertmesh.routing.population import Population
+from expertmesh.routing.population import Alone, Population
 from expertmesh.routing.scope import Scope, check_scope, scope_size
 from expertmesh.routing.selection import top_k
 
@@ -85,8 +86,16 @@ class Evidence:
         size = scope_size(scope, order.num_tokens, None)
         return self.population.total(order.group_sums(value_TE, size))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all tokens of the micro-batch, and none of them is padding."""
+        alone = isinstance(self.population, Alone)
+        return alone and self.padding_mask is None and len(self.score_TE) > 0
+
     def mean(self, value_G: Tensor, scope: Scope) -> Tensor:
         """Mean over the groups that hold a token; 0 if none does."""
+        if self.is_whole:
+            return value_G.mean()
         occupied_G = self.num_tokens(scope) > 0
         kept = torch.where(occupied_G, value_G, torch.zeros_like(value_G)).sum()
         number = occupied_G.sum().to(kept.dtype)
@@ -123,9 +132,7 @@ class BalanceLoss(ABC):
 
 def _top1_times_mean(evidence: Evidence, scope: Scope) -> Tensor:
     """E sum_e f_e P_e, f_e the share of tokens whose first choice is e."""
-    ones_T1 = torch.ones_like(evidence.score_TE[:, :1])
-    first_TE = evidence.spread(ones_T1, evidence.chosen_TK[:, :1])
-    return evidence.num_experts * _product(evidence, first_TE, scope)
+    return evidence.num_experts * _product(evidence, evidence.chosen_TK[:, :1], scope)
 
 
 def _all_choices(evidence: Evidence, scope: Scope) -> Tensor:
@@ -135,9 +142,7 @@ def _all_choices(evidence: Evidence, scope: Scope) -> Tensor:
 
 def _summed_choices(evidence: Evidence, scope: Scope) -> Tensor:
     """E sum_e f_e P_e, f_e the choices of e per token."""
-    ones_TK = torch.ones_like(evidence.gate_TK)
-    hits_TE = evidence.spread(ones_TK, evidence.chosen_TK)
-    return evidence.num_experts * _product(evidence, hits_TE, scope)
+    return evidence.num_experts * _product(evidence, evidence.chosen_TK, scope)
 
 
 def _paper_gshard(evidence: Evidence, scope: Scope) -> Tensor:
@@ -148,12 +153,16 @@ def _paper_gshard(evidence: Evidence, scope: Scope) -> Tensor:
 def _unbiased_choices(evidence: Evidence, scope: Scope) -> Tensor:
     """E / k sum_e f_e P_e, f_e from the top k of scores without the selection bias."""
     best_TK = top_k(evidence.score_TE.detach(), evidence.k)
-    hits_TE = evidence.spread(torch.ones_like(evidence.gate_TK), best_TK)
-    return evidence.num_experts / evidence.k * _product(evidence, hits_TE, scope)
+    return evidence.num_experts / evidence.k * _product(evidence, best_TK, scope)
 
 
-def _product(evidence: Evidence, hits_TE: Tensor, scope: Scope) -> Tensor:
-    """sum_e f_e P_e for each group."""
+def _product(evidence: Evidence, chosen_TK: Tensor, scope: Scope) -> Tensor:
+    """sum_e f_e P_e for each group, f_e the choices of e per token."""
+    if evidence.is_whole and scope in ("micro_batch", "sequence") and counts(evidence.score_TE):
+        size = scope_size(scope, len(chosen_TK), evidence.sequence_length)
+        return router_balance(evidence.score_TE, chosen_TK, size)
+    ones_TK = torch.ones_like(chosen_TK, dtype=evidence.score_TE.dtype)
+    hits_TE = evidence.spread(ones_TK, chosen_TK)
     tokens_G1 = evidence.num_tokens(scope).clamp_min(1)[:, None]
     fraction_GE = evidence.total(hits_TE, scope) / tokens_G1
     mean_GE = evidence.total(evidence.probability_TE(), scope) / tokens_G1
@@ -320,5 +329,7 @@ class ZLoss(BalanceLoss):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         square_T = evidence.logits.clean_TE.logsumexp(dim=1) ** 2
+        if evidence.is_whole:
+            return self.coef * square_T.mean()
         total = evidence.total(square_T, "micro_batch").sum()
         return self.coef * total / evidence.num_tokens("micro_batch").sum().clamp_min(1)

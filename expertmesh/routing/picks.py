@@ -74,14 +74,15 @@ def best_tokens(rank_NE: Tensor, groups: Groups) -> Tensor:
     Returns:
         int64 ``(G, E, slots)``, places in the order.
     """
-    rank_GES = rank_NE.view(-1, groups.size, rank_NE.shape[1]).transpose(1, 2)
+    # Contiguous by expert: selecting across the table's rows takes a quarter longer on a CPU.
+    rank_GES = rank_NE.view(-1, groups.size, rank_NE.shape[1]).transpose(1, 2).contiguous()
     reversed_S = torch.arange(groups.size - 1, -1, -1, device=rank_NE.device)
     packed_GES = torch.add(reversed_S, rank_GES, alpha=1 << 32)
     # Which rows stand first within an expert matters to nobody; all keys differ, so the order is
     # the same each time.
-    best_GEJ = packed_GES.topk(groups.slots, dim=-1, sorted=False).values & 0xFFFFFFFF
+    best_GEJ = packed_GES.topk(groups.slots, dim=-1, sorted=False).indices
     begin_G = torch.arange(len(rank_GES), device=rank_NE.device) * groups.size
-    return begin_G[:, None, None] + groups.size - 1 - best_GEJ
+    return best_GEJ if len(begin_G) == 1 else begin_G[:, None, None] + best_GEJ
 
 
 def rows_of(
@@ -104,10 +105,12 @@ def rows_of(
     expert_N = torch.arange(num_experts, device=device)[:, None].expand(num_groups, -1, slots)
     token_N, expert_N = place_GEJ.reshape(-1), expert_N.reshape(-1)
     row_N = torch.arange(len(token_N), device=device)
-    own_T = order.own(torch.arange(order.num_tokens, device=device))
-    token_P = torch.full((order.num_tokens,), num_tokens, device=device)
-    token_P[own_T] = torch.arange(num_tokens, device=device)
-    token_N = token_P[token_N]
+    everyone_P = torch.arange(order.num_tokens, device=device)
+    own_T = order.own(everyone_P)
+    if own_T is not everyone_P:  # else places are this rank's tokens in their order
+        token_P = torch.full((order.num_tokens,), num_tokens, device=device)
+        token_P[own_T] = torch.arange(num_tokens, device=device)
+        token_N = token_P[token_N]
     if order.num_tokens != num_tokens:  # some are on other ranks
         row_N = (token_N < num_tokens).nonzero().flatten()
         token_N, expert_N = token_N[row_N], expert_N[row_N]

@@ -216,12 +216,30 @@ def _tutel(dim: int, num_experts: int) -> Options:
 def _deepspeed(dim: int, num_experts: int) -> Options:
     """DeepSpeed's defaults (arXiv 2201.05596 and its code): top-1, random token selection.
 
-    The slots of an expert go to random tokens among those that want it, not to the first ones. The
-    coefficient is its users' to set; 0.01 here.
+    The slots of an expert go to random tokens among those that want it, not to the first ones. Its
+    ``noisy_gate_policy="RSample"`` is ``sampling="all"``. The coefficient is its users' to set;
+    0.01 here.
     """
     return {
         "k": 1,
         "capacity": Capacity(factor=1.0, eval_factor=1.0, formula="deepspeed", order="random"),
+        "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
+        "init_std": (3 * dim) ** -0.5,
+    }
+
+
+def _deepspeed_top2(dim: int, num_experts: int) -> Options:
+    """DeepSpeed's gate for k = 2: the second expert is drawn, weights shared among those kept.
+
+    Its ``top2_2nd_expert_sampling``, on by default, is ``sampling="second"``: the largest of the
+    logits with Gumbel noise, the first expert left out. Its code draws in evaluation too, here
+    evaluation takes the second best.
+    """
+    return {
+        "k": 2,
+        "renormalize": "kept",
+        "sampling": "second",
+        "capacity": Capacity(factor=1.0, eval_factor=1.0, formula="deepspeed"),
         "losses": (LoadBalancingLoss(coef=1e-2, form="switch"),),
         "init_std": (3 * dim) ** -0.5,
     }
@@ -235,6 +253,18 @@ def _deepspeed_topk(dim: int, num_experts: int) -> Options:
         "capacity": Capacity(factor=1.0, eval_factor=1.0, formula="deepspeed", order="probability"),
         "losses": (LoadBalancingLoss(coef=1e-2, form="megablocks"),),
         "init_std": (3 * dim) ** -0.5,
+    }
+
+
+def _openmoe(dim: int, num_experts: int) -> Options:
+    """OpenMoE (arXiv 2402.01739; flaxformer's configuration): top-2, raw probabilities, z-loss.
+
+    Dropless; ``capacity="jax"`` and the like name ``OPENMOE_CAPACITIES``. It averages both losses
+    over a model's MoE layers, where here they are added up: divide coefficients by their number.
+    """
+    return {
+        "k": 2,
+        "losses": (LoadBalancingLoss(coef=1e-2, form="huggingface"), ZLoss(coef=1e-4)),
     }
 
 
@@ -270,10 +300,43 @@ ROUTER_PRESETS: Mapping[str, Callable[[int, int], Options]] = {
     "deepseek_v3": _deepseek_v3,
     "tutel": _tutel,
     "deepspeed": _deepspeed,
+    "deepspeed_top2": _deepspeed_top2,
     "deepspeed_topk": _deepspeed_topk,
     "megatron": _megatron,
+    "openmoe": _openmoe,
 }
 """Name to a function of (D, E) that gives ``TopKRouter``'s arguments."""
+
+
+OPENMOE_CAPACITIES: Mapping[str, Capacity] = {
+    "jax": Capacity(factor=1.25, eval_factor=2.0, formula="flaxformer", scope="<=4096"),
+    "jax_34b": Capacity(factor=1.25, eval_factor=2.0, formula="flaxformer", scope="<=8192"),
+    "pytorch": Capacity(factor=1.25, eval_factor=2.0, formula="colossalai"),
+}
+"""The capacities that OpenMoE was trained with, and the one of its PyTorch code.
+
+``jax``: ``max(round(f S / E), 4)``, without k, in groups of at most 4096 tokens, for the 34B 8192:
+of two choices per token at most 62.5 % are carried out in training. ``pytorch``:
+``floor(k f S / E)`` made even, at least 4, over the whole micro-batch: k times as many slots.
+"""
+
+_CAPACITIES: Mapping[str, Mapping[str, Capacity]] = {"openmoe": OPENMOE_CAPACITIES}
+
+
+def named_capacity(preset: str, name: str) -> Capacity:
+    """The capacity that a preset knows by name.
+
+    Raises:
+        ValueError: If it knows none of this name.
+    """
+    known = _CAPACITIES.get(preset, {})
+    if name not in known:
+        options = f"one of {', '.join(known)}, or " if known else ""
+        raise UserError(
+            f"capacity of router {preset!r} must be {options}a table such as "
+            f"{{factor = 1.25}}, got {name!r}{nearest(name, known)}"
+        )
+    return known[name]
 
 
 def router_preset(
@@ -298,7 +361,8 @@ def router_preset(
         bias_rate: Gives the router a selection bias of this rate, in place of the preset's.
         device: Where to make the parameters.
         overrides: Any argument of ``TopKRouter``, in place of the preset's. ``capacity`` and
-            ``group_limit`` may be given as a table of fields, which change the preset's.
+            ``group_limit`` may be given as a table of fields, which change the preset's, and
+            the capacities of ``openmoe`` by their names.
 
     Returns:
         The router.
@@ -319,6 +383,8 @@ def router_preset(
                 f"router option {option!r} is unknown{nearest(option, known)} "
                 f"(options: {', '.join(sorted(known))})"
             )
+    if isinstance(overrides.get("capacity"), str):
+        overrides["capacity"] = named_capacity(name, overrides["capacity"])
     for option, kind in (("capacity", Capacity), ("group_limit", GroupLimit)):
         table = overrides.get(option)
         if isinstance(table, Mapping):

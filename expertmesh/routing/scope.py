@@ -4,8 +4,13 @@ from typing import Literal
 
 from expertmesh.errors import UserError
 
-Scope = Literal["micro_batch", "sequence"] | int
-"""``"micro_batch"`` (the global one), ``"sequence"``, or a fixed number of consecutive tokens."""
+Scope = Literal["micro_batch", "sequence"] | int | str
+"""``"micro_batch"`` (the global one), ``"sequence"``, or a number of consecutive tokens.
+
+A number is exact. ``"<=4096"`` takes the fewest groups of equal size that have at most so many
+tokens: any number of tokens can be routed. flaxformer groups so too, and wants the number of groups
+to be a multiple of the experts besides, which batches as large as those of training are.
+"""
 
 
 def check_scope(field: str, scope: Scope) -> None:
@@ -16,10 +21,10 @@ def check_scope(field: str, scope: Scope) -> None:
     """
     named = scope in ("micro_batch", "sequence")
     sized = isinstance(scope, int) and not isinstance(scope, bool) and scope > 0
-    if not (named or sized):
+    if not (named or sized or _bound(scope)):
         raise UserError(
-            f"{field} must be 'micro_batch', 'sequence' or a positive number of tokens, "
-            f"got {scope!r}"
+            f"{field} must be 'micro_batch', 'sequence', a positive number of tokens, or at most "
+            f"so many as '<=4096', got {scope!r}"
         )
 
 
@@ -46,6 +51,8 @@ def scope_size(scope: Scope, num_tokens: int, sequence_length: int | None) -> in
                 "shape (batch, sequence, width), or the router sequence_length"
             )
         size = max(sequence_length, 1)
+    elif isinstance(scope, str):
+        return _largest_divisor(num_tokens, _bound(scope))
     else:
         size = scope
     if num_tokens % size:
@@ -53,3 +60,16 @@ def scope_size(scope: Scope, num_tokens: int, sequence_length: int | None) -> in
             f"scope={scope!r} needs a number of tokens divisible by {size}, got {num_tokens}"
         )
     return size
+
+
+def _bound(scope: Scope) -> int:
+    """The number in ``"<=4096"``; 0 for anything else."""
+    number = scope.removeprefix("<=") if isinstance(scope, str) and scope.startswith("<=") else ""
+    return int(number) if number.isascii() and number.isdigit() else 0
+
+
+def _largest_divisor(num_tokens: int, bound: int) -> int:
+    groups = max(1, -(-num_tokens // bound))
+    while num_tokens % groups:
+        groups += 1
+    return max(num_tokens // groups, 1)

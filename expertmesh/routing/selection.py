@@ -17,7 +17,9 @@ def top_k(score_TE: Tensor, k: int) -> Tensor:
         int64 ``(T, k)``.
     """
     if score_TE.dtype == torch.float64:
-        return score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        # Too wide to be packed with an index; a stable sort keeps equal ones in their order.
+        best_TE = score_TE.sort(dim=-1, descending=True, stable=True).indices
+        return best_TE.narrow(-1, 0, k)
     # A float32 and the reversed expert index packed into one integer that sorts as the pair does:
     # one top-k of integers costs half of a stable sort. Adding 0.0 turns -0 into +0.
     num_experts = score_TE.shape[-1]

@@ -12,6 +12,7 @@ from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import wide_logits, without_padding
 from expertmesh.routing.losses import BalanceLoss, Evidence
 from expertmesh.routing.noise import NoisyLogits
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.selection import count_experts, top_k
@@ -130,7 +131,7 @@ class SinkhornRouter(Router):
             if routing is None:
                 chosen_TK = self._choose(logits_TE, padding_mask, sequence_length, key)
             else:
-                chosen_TK = routing.chosen_TK
+                chosen_TK = recorded(routing, self.num_experts).chosen_TK
             score_TK = score_TE.gather(1, chosen_TK.clamp_max(self.num_experts - 1))
             weight_TK = torch.where(chosen_TK < self.num_experts, score_TK, 0.0)
             losses = {}

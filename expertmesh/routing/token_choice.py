@@ -19,8 +19,10 @@ from expertmesh.routing.logits import without_padding
 from expertmesh.routing.losses import BalanceLoss, Evidence
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.population import Alone, Arrangement
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
+from expertmesh.routing.sampling import SAMPLINGS, Sampling
 from expertmesh.routing.second_choice import SkipRule
 from expertmesh.routing.selection import count_experts, top_k
 
@@ -80,15 +82,17 @@ class TokenChoice(Router):
         group_limit: GroupLimit | None,
         losses: Sequence[BalanceLoss],
         layer: int,
+        sampling: Sampling = "no",
     ) -> None:
         super().__init__()
         _check(dim, num_experts, k, score, renormalize, losses)
+        _check_sampling(sampling, k, bias, group_limit)
         if group_limit is not None:
             group_limit.check(num_experts, k)
         self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.skip, self.capacity, self.group_limit = skip, capacity, group_limit
-        self.bias = bias
+        self.bias, self.sampling = bias, sampling
         self.losses = tuple(losses)
 
     @abstractmethod
@@ -123,12 +127,16 @@ class TokenChoice(Router):
         routing: Routing | None = None,
     ) -> Routing:
         """See ``Router.forward``; ``token_ids`` are not looked at."""
+        if routing is not None:
+            routing = recorded(routing, self.num_experts)
         x_TD = without_padding(x_TD, padding_mask)
         draw = Draw(key, self.layer, len(x_TD), x_TD.device, self.training)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits = self._logits(x_TD, draw)
             score = self._score_fused if self._fused(x_TD) else self._score
-            chosen_TK, score_TE, gate_TK, load_E = score(logits.noisy_TE, padding_mask, routing)
+            chosen_TK, score_TE, gate_TK, load_E = score(
+                logits.noisy_TE, padding_mask, routing, draw
+            )
             if routing is None:
                 admitted = self._admit(chosen_TK, gate_TK.detach(), load_E, sequence_length, draw)
             else:
@@ -165,22 +173,26 @@ class TokenChoice(Router):
         )
 
     def _score(
-        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None
+        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None, draw: Draw
     ) -> _Scored:
         score_TE = SCORES[self.score](logits_TE)
-        chosen_TK = self._choose(score_TE, padding_mask) if routing is None else routing.chosen_TK
+        if routing is None:
+            chosen_TK = self._choose(score_TE, logits_TE, padding_mask, draw)
+        else:
+            chosen_TK = routing.chosen_TK
         return _Scored(chosen_TK, score_TE, self._gates(score_TE, chosen_TK), None)
 
     def _score_fused(
-        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None
+        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None, draw: Draw
     ) -> _Scored:
         """``_score`` by kernels. The gates are those of the decision, which may be a kept one."""
         rule = {"sigmoid": self.score == "sigmoid", "renormalize": self.renormalize == "chosen"}
-        by_score = self.bias is None and self.group_limit is None
+        by_score = self.bias is None and self.group_limit is None and not self._samples
         if routing is not None:
             chosen_TK = routing.chosen_TK
         elif not by_score:
-            chosen_TK = self._choose(SCORES[self.score](logits_TE.detach()), padding_mask)
+            score_TE = SCORES[self.score](logits_TE.detach())
+            chosen_TK = self._choose(score_TE, logits_TE.detach(), padding_mask, draw)
         elif padding_mask is None and not torch.is_grad_enabled():  # no backward, nothing to keep
             return _Scored(*router_select(logits_TE, self.k, **rule, scale=self.scale))
         else:
@@ -188,8 +200,16 @@ class TokenChoice(Router):
             chosen_TK = self._decided(chosen_TK, padding_mask)
         return _Scored(chosen_TK, *router_gates(logits_TE, chosen_TK, **rule, scale=self.scale))
 
+    @property
+    def _samples(self) -> bool:
+        return self.training and self.sampling != "no"
+
     @torch.no_grad()
-    def _choose(self, score_TE: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _choose(
+        self, score_TE: Tensor, logits_TE: Tensor, padding_mask: Tensor | None, draw: Draw
+    ) -> Tensor:
+        if self._samples:
+            score_TE = SAMPLINGS[self.sampling](logits_TE, draw)
         if self.bias is not None:
             score_TE = score_TE + self.bias.bias_E
         if self.group_limit is not None:
@@ -289,3 +309,24 @@ def _check(
     names = [loss.name for loss in losses]
     if len(set(names)) < len(names):
         raise UserError(f"losses must have different names, got {names}; set name on each")
+
+
+def _check_sampling(
+    sampling: str, k: int, bias: SelectionBias | None, group_limit: GroupLimit | None
+) -> None:
+    known = ("no", *SAMPLINGS)
+    if sampling not in known:
+        raise UserError(
+            f"sampling must be one of {', '.join(known)}, got {sampling!r}"
+            + nearest(sampling, known)
+        )
+    if sampling == "second" and k == 1:
+        raise UserError(
+            "sampling='second' draws the choices after the first, and k=1 has none; set k to 2 or "
+            "more, or sampling='all'"
+        )
+    if sampling != "no" and (bias is not None or group_limit is not None):
+        raise UserError(
+            f"sampling={sampling!r} draws by the logits alone; leave bias and group_limit out, or "
+            "set sampling='no'"
+        )

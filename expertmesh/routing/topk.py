@@ -15,6 +15,7 @@ from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.logits import wide_dtype
 from expertmesh.routing.losses import BalanceLoss
 from expertmesh.routing.noise import Noise, NoisyLogits
+from expertmesh.routing.sampling import Sampling
 from expertmesh.routing.second_choice import SkipRule
 from expertmesh.routing.token_choice import Renormalize, TokenChoice
 
@@ -40,6 +41,9 @@ class TopKRouter(TokenChoice):
             ``"kept"`` after dropping (DeepSpeed).
         scale: Multiplies the weights (DeepSeek's routed scaling factor).
         noise: Exploration noise, or None.
+        sampling: ``"no"`` takes the best. In training ``"second"`` takes the best first and draws
+            the later choices by their probabilities among the rest, ``"all"`` draws every choice
+            (DeepSpeed's Gumbel noise). It decides only: weights are those of the scores.
         skip: Leaves out later choices of small weight, or None.
         capacity: Limit per expert, or None for dropless.
         bias: Selection bias (loss-free balancing), or None.
@@ -65,6 +69,7 @@ class TopKRouter(TokenChoice):
         renormalize: Renormalize = "no",
         scale: float = 1.0,
         noise: Noise | None = None,
+        sampling: Sampling = "no",
         skip: SkipRule | None = None,
         capacity: Capacity | None = None,
         bias: SelectionBias | None = None,
@@ -90,6 +95,7 @@ class TopKRouter(TokenChoice):
             group_limit=group_limit,
             losses=losses,
             layer=layer,
+            sampling=sampling,
         )
         self.noise, self.init_std = noise, init_std
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))

@@ -6,6 +6,7 @@ from torch import Tensor
 from expertmesh.errors import UserError
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import wide_dtype
+from expertmesh.routing.replay import recorded
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.selection import count_experts
 
@@ -35,7 +36,7 @@ def unscored(
             expert_TK = torch.where(padding_mask[:, None], num_experts, expert_TK)
         expert_TK = decision(expert_TK)
     else:
-        expert_TK = routing.expert_TK
+        expert_TK = recorded(routing, num_experts).expert_TK
     weight_TK = torch.where(expert_TK < num_experts, 1.0 / expert_TK.shape[1], 0.0)
     return Routing(
         num_experts=num_experts,

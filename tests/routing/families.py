@@ -18,6 +18,8 @@ from expertmesh.routing import (
     CosineRouter,
     ExpertChoiceRouter,
     FixedRouter,
+    GlobalEntropyLoss,
+    GroupLimit,
     HashRouter,
     HierarchicalLoadLoss,
     HierarchicalRouter,
@@ -25,13 +27,20 @@ from expertmesh.routing import (
     LearnedNoise,
     LoadBalancingLoss,
     LoadLoss,
+    LocalEntropyLoss,
     NormalNoise,
+    PerSequence,
+    PerTask,
     RoundRobinRouter,
     Router,
+    SelectionBias,
+    SinkhornRouter,
     ThorRouter,
     ThresholdLoss,
     TokenCap,
+    TopKRouter,
     UniformRouter,
+    ZLoss,
 )
 from expertmesh.testing.equivalence import pieces
 from tests.distributed.layers import DIM, Seen, own_slice, tokens
@@ -84,6 +93,22 @@ FAMILIES: dict[str, Callable[[], Router]] = {
     "uniform": lambda: UniformRouter(DIM, E, 2),
     "round_robin": lambda: RoundRobinRouter(DIM, E, 3),
     "fixed": lambda: FixedRouter(DIM, E, (2, 0)),
+    "sinkhorn": lambda: SinkhornRouter(DIM, E, 2, losses=(ZLoss(coef=0.1),), **SEED),
+    "entropy": lambda: TopKRouter(
+        DIM, E, 2, losses=(LocalEntropyLoss(coef=0.1), GlobalEntropyLoss(coef=0.1)), **SEED
+    ),
+    "sampled": lambda: TopKRouter(DIM, E, 2, sampling="second", renormalize="kept", **SEED),
+    "biased_groups": lambda: TopKRouter(
+        DIM,
+        E,
+        2,
+        score="sigmoid",
+        bias=SelectionBias(E),
+        group_limit=GroupLimit(num_groups=2, kept=1),
+        **SEED,
+    ),
+    "per_sequence": lambda: PerSequence(TopKRouter(DIM, E, 2, **SEED)),
+    "per_task": lambda: PerTask(TopKRouter(DIM, E, 2, **SEED), 20, seed=1, dtype=torch.float64),
     "cosine": cosine,
     "hierarchical": hierarchical,
 }

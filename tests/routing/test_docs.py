@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 
 from expertmesh import routing
-from expertmesh.routing import ROUTER_PRESETS, BalanceLoss, Router, TokenChoice, router_preset
+from expertmesh.routing import (
+    ROUTER_PRESETS,
+    BalanceLoss,
+    Router,
+    TokenChoice,
+    registry,
+    router_preset,
+)
 from expertmesh.routing.__main__ import AT_BALANCE, FAMILIES, HEADER, router_table
 from expertmesh.routing.losses import FORMS
 
@@ -25,6 +32,22 @@ def test_every_router_has_a_row():
     names = " ".join(row[0] for row in FAMILIES)
     for router in public(Router) - {Router, TokenChoice}:
         assert f"`{router.__name__}" in names
+
+
+def test_every_name_of_a_run_file_is_in_the_table_and_its_options_on_the_page():
+    names = " ".join(row[0] for row in FAMILIES)
+    assert all(f"`{name}`" in names for name in registry.FAMILIES)
+    for name in registry.FAMILIES:
+        options = [f"`{option}` {default(p.default)}" for option, p in options_of(name).items()]
+        assert f"| `{name}` | {', '.join(options) or 'none'} |" in PAGE
+
+
+def options_of(name):
+    return registry.router_options(name)
+
+
+def default(value):
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def test_every_row_has_every_column():

@@ -136,5 +136,5 @@ def test_bad_input():
         identity(1.0)(torch.zeros(2, 4))
     x = torch.zeros(4, 4, dtype=torch.float64)
     recorded = TopKRouter(4, 4, 1)(x)
-    with pytest.raises(ValueError, match="router whose experts choose"):
+    with pytest.raises(ValueError, match="in which experts choose, got one in which tokens do"):
         identity(1.0)(x, routing=recorded)

@@ -10,6 +10,8 @@ from expertmesh.routing import (
     ZLoss,
     router_preset,
 )
+from expertmesh.routing.presets import OPENMOE_CAPACITIES
+from expertmesh.routing.scope import scope_size
 
 DIM = 16
 
@@ -76,11 +78,86 @@ def test_presets_of_codes_are_set_as_published():
     assert (tutel.renormalize, tutel.capacity.formula) == ("chosen", "tutel")
     deepspeed = make("deepspeed")
     assert (deepspeed.k, deepspeed.renormalize, deepspeed.capacity.order) == (1, "no", "random")
+    top2 = make("deepspeed_top2")
+    assert (top2.k, top2.renormalize, top2.sampling) == (2, "kept", "second")
+    assert (top2.capacity.order, top2.capacity.formula) == ("position", "deepspeed")
+    assert deepspeed.sampling == "no"
     topk = make("deepspeed_topk")
     assert (topk.renormalize, topk.capacity.order) == ("kept", "probability")
     megatron = make("megatron")
     assert (megatron.renormalize, megatron.capacity) == ("chosen", None)
     assert megatron.losses[0].form == "megablocks"
+
+
+def test_openmoe_and_its_capacities():
+    router = make("openmoe")
+    assert (router.k, router.renormalize, router.capacity, router.noise) == (2, "no", None, None)
+    assert [(loss.name, loss.coef) for loss in router.losses] == [("balance", 0.01), ("z", 1e-4)]
+    assert router.losses[0].form == "huggingface"  # k at balance, not 1
+    assert router.init_std == 0.02
+    for name, capacity in OPENMOE_CAPACITIES.items():
+        assert make("openmoe", capacity=name).capacity == capacity
+    with pytest.raises(ValueError, match=r"one of jax, jax_34b, pytorch, or a table.*'jax'"):
+        make("openmoe", capacity="jx")
+    with pytest.raises(ValueError, match="capacity of router 'olmoe' must be a table such as"):
+        make("olmoe", capacity="jax")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "training", "evaluation"),
+    [
+        ("pytorch", 2048, 160, 256),
+        ("pytorch", 32768, 2560, 4096),
+        ("pytorch", 1, 4, 4),
+        ("jax", 2048, 80, 128),
+        ("jax", 4096, 160, 256),
+        ("jax", 32768, 160, 256),
+        ("jax", 1, 4, 4),
+        ("jax_34b", 32768, 320, 512),
+    ],
+)
+def test_slots_of_openmoe(name, num_tokens, training, evaluation):
+    capacity = OPENMOE_CAPACITIES[name]
+    size = scope_size(capacity.scope, num_tokens, None)
+    assert capacity.slots(size, 32, 2, training=True) == training
+    assert capacity.slots(size, 32, 2, training=False) == evaluation
+
+
+@pytest.mark.parametrize("name", OPENMOE_CAPACITIES)
+def test_padding_takes_no_slot(name):
+    """Its left padding had the first slots in the PyTorch code; here real tokens have them."""
+    router = make("openmoe", capacity=name)
+    with torch.no_grad():
+        router.weight_ED.zero_()
+        router.weight_ED[3], router.weight_ED[5] = 1.0, 0.5
+    padding = torch.arange(256) < 200
+    routing = router(torch.ones(256, DIM), padding_mask=padding)
+    slots = router.capacity.slots(256, 32, 2, training=True)
+    kept = (routing.expert_TK < 32).all(dim=1)
+    assert not kept[:200].any()
+    assert kept[200 : 200 + slots].all()
+    assert int(kept.sum()) == slots < 56
+    assert int(routing.dropped_TK.sum()) == 2 * (56 - slots)
+
+
+@pytest.mark.parametrize(
+    ("scope", "num_tokens", "size"),
+    [
+        ("<=4096", 8192, 4096),
+        ("<=4096", 6000, 3000),
+        ("<=4096", 5, 5),
+        ("<=4", 7, 1),
+        ("<=4", 0, 1),
+    ],
+)
+def test_groups_of_at_most_so_many(scope, num_tokens, size):
+    assert scope_size(scope, num_tokens, None) == size
+
+
+@pytest.mark.parametrize("scope", ["<=0", "<=", "<=x", "<= 4", "4096", "=<4"])
+def test_malformed_groups(scope):
+    with pytest.raises(ValueError, match="at most so many as '<=4096'"):
+        Capacity(factor=1.0, scope=scope)
 
 
 def test_random_token_selection_serves_as_many_but_others():
