@@ -1,6 +1,7 @@
 """Experts: stacked weights behind one call."""
 
 from expertmesh.experts.base import Experts
+from expertmesh.experts.doubly_gated import DoublyGatedMLPExperts
 from expertmesh.experts.gated import GatedMLPExperts
 from expertmesh.experts.heterogeneous import HeterogeneousExperts
 from expertmesh.experts.mlp import MLPExperts
@@ -8,6 +9,7 @@ from expertmesh.experts.module import ModuleExperts
 from expertmesh.experts.scaled_input import ScaledInputExperts
 
 __all__ = [
+    "DoublyGatedMLPExperts",
     "Experts",
     "GatedMLPExperts",
     "HeterogeneousExperts",

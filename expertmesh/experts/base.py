@@ -14,11 +14,13 @@ class Experts(nn.Module, ABC):
         dim: Width D of the rows.
         hidden_separable: Whether the output is a sum over hidden units, so that a rank may hold
             a slice of each expert.
+        dropout: Probability that training drops a hidden unit; 0 for experts that know of none.
     """
 
     num_experts: int
     dim: int
     hidden_separable: bool
+    dropout: float = 0.0
 
     def __init__(self, num_experts: int, dim: int) -> None:
         super().__init__()
@@ -38,13 +40,17 @@ class Experts(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
+    def forward(
+        self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor, draw_R: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of each row's experts.
 
         Args:
             x_RD: Rows, ``(R, D)``.
             expert_RK: Expert ids, ``(R, K)``; E means no expert and contributes nothing.
             weight_RK: Combine weights, ``(R, K)``.
+            draw_R: int64 ``(R,)``, a random number of each row's token, for dropout; None draws
+                them from torch's generator.
 
         Returns:
             ``(R, D)`` in x's dtype.

@@ -33,7 +33,9 @@ class HeterogeneousExperts(Experts):
         super().__init__(len(listed), dim)
         self.modules_by_expert = nn.ModuleList(listed)
 
-    def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
+    def forward(
+        self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor, draw_R: Tensor | None = None
+    ) -> Tensor:
         self._check(x_RD)
         experts = self.modules_by_expert
         y_RD, idle = run_per_expert(

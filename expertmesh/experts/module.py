@@ -53,7 +53,9 @@ class ModuleExperts(Experts):
     def hidden_dims(self) -> dict[str, int | None]:
         return {f"stacked.{name}": None for name in _tensors(self.stacked)}
 
-    def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
+    def forward(
+        self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor, draw_R: Tensor | None = None
+    ) -> Tensor:
         self._check(x_RD)
         state = {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
         # unbind, not an index for each expert: its gradient is one stack, with zeros for the idle

@@ -27,7 +27,14 @@ class ScaledInputExperts(Experts):
         inner = self.experts.hidden_dims
         return None if inner is None else {f"experts.{name}": dim for name, dim in inner.items()}
 
-    def forward(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
+    @property
+    def dropout(self) -> float:  # type: ignore[override]  # what is an attribute there is asked for
+        """That of the experts."""
+        return self.experts.dropout
+
+    def forward(
+        self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor, draw_R: Tensor | None = None
+    ) -> Tensor:
         self._check(x_RD)
         k = expert_RK.shape[1]
         # Rows of padding may hold anything, and a product with it has a gradient.
@@ -35,7 +42,8 @@ class ScaledInputExperts(Experts):
         x_RKD = torch.where(served_RK1, x_RD.unsqueeze(1), torch.zeros_like(x_RD[:1]))
         scaled_RKD = (x_RKD * weight_RK.unsqueeze(2)).to(x_RD.dtype)
         ones_N1 = torch.ones_like(weight_RK).reshape(-1, 1)
-        y_ND = self.experts(scaled_RKD.flatten(0, 1), expert_RK.reshape(-1, 1), ones_N1)
+        draw_N = None if draw_R is None else draw_R.repeat_interleave(k)
+        y_ND = self.experts(scaled_RKD.flatten(0, 1), expert_RK.reshape(-1, 1), ones_N1, draw_N)
         wide = torch.promote_types(torch.float32, y_ND.dtype)
         return y_ND.unflatten(0, (len(x_RD), k)).sum(dim=1, dtype=wide).to(x_RD.dtype)
 

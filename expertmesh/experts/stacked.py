@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from expertmesh.experts.base import Experts
 from expertmesh.kernels.activations import Activation, activation_name, resolve_activation
-from expertmesh.random import fill_expert_normal_, fold, fresh_seed
-from expertmesh.shards import local
+from expertmesh.kernels.moe_mlp.dropout import HiddenDropout
+from expertmesh.random import bits, fill_expert_normal_, fold, fresh_seed
+from expertmesh.shards import local, shard_of
 
 
 class StackedMLPExperts(Experts):
@@ -20,8 +21,11 @@ class StackedMLPExperts(Experts):
         hidden: Hidden width F of one expert.
         activation: The function between the projections.
         init_std: Standard deviation of all initial weights, or None.
+        dropout: Probability that training drops a hidden unit.
         backend: Which implementation runs.
     """
+
+    down: nn.Parameter
 
     hidden_separable = True
 
@@ -33,6 +37,7 @@ class StackedMLPExperts(Experts):
         *,
         activation: str | Activation,
         init_std: float | None,
+        dropout: float,
         backend: str,
     ) -> None:
         super().__init__(num_experts, dim)
@@ -40,7 +45,11 @@ class StackedMLPExperts(Experts):
             raise ValueError(f"hidden must be at least 1, got {hidden}")
         if init_std is not None and not (math.isfinite(init_std) and init_std >= 0):
             raise ValueError(f"init_std must be a number >= 0 or None, got {init_std}")
-        self.hidden = hidden
+        if not 0 <= dropout < 1:
+            raise ValueError(
+                f"dropout must be at least 0 and below 1, got {dropout}; set dropout=0 for none"
+            )
+        self.hidden, self.dropout = hidden, dropout
         self.activation = resolve_activation(activation)
         self.init_std = init_std
         self.backend = backend
@@ -93,6 +102,21 @@ class StackedMLPExperts(Experts):
         own = local(bias)
         return own if share == 1 else _Share.apply(own, share)
 
+    def _drop(self, draw_R: Tensor | None, x_RD: Tensor) -> dict[str, Any]:
+        """What ``moe_mlp`` is told of dropout: in training only, and in the whole model's counts.
+
+        Args:
+            draw_R: The rows' numbers, or None.
+            x_RD: The rows.
+        """
+        if not self.training or self.dropout == 0:
+            return {}
+        if draw_R is None:
+            row_R = torch.arange(len(x_RD), device=x_RD.device)
+            draw_R = bits(fresh_seed(), row_R)
+        first_expert, _, first_unit = shard_of(self.down).offset
+        return {"dropout": HiddenDropout(self.dropout, first_expert, first_unit), "draw_R": draw_R}
+
     def _draw(self, seed: int | None, parameter: Tensor) -> None:
         """Initial values at construction; a meta device has no place for them."""
         if not parameter.is_meta:
@@ -102,6 +126,7 @@ class StackedMLPExperts(Experts):
         return (
             f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}, "
             f"activation={activation_name(self.activation)}, backend={self.backend}"
+            + (f", dropout={self.dropout}" if self.dropout else "")
         )
 
 

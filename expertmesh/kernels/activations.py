@@ -101,24 +101,40 @@ def activation_name(activation: Activation) -> str:
     return str(getattr(activation, "__name__", repr(activation))) if known is None else known
 
 
-def hidden_units(activation: Activation, pre: Tensor, gated: bool) -> Tensor:
+def hidden_units(activation: Activation, pre: Tensor, num_parts: int) -> Tensor:
     """From pre-activations to what the down projection reads.
 
     Args:
         activation: Elementwise function.
-        pre: ``(..., 2 F)`` with the gate first where gated, else ``(..., F)``.
-        gated: Whether the second half is multiplied with the activated first half.
+        pre: ``(..., P F)``, the parts one after the other.
+        num_parts: P; see ``hidden_from_parts``.
 
     Returns:
         ``(..., F)``.
     """
-    return hidden_from_parts(activation, _parts(pre, gated))
+    return hidden_from_parts(activation, pre.chunk(num_parts, dim=-1))
+
+
+_GATE = {1: 0, 2: 0, 3: 1}  # which part is activated, by the number of parts
 
 
 def hidden_from_parts(activation: Activation, parts: Sequence[Tensor]) -> Tensor:
-    """``hidden_units`` where gate and linear half are tensors of their own, or ``pre`` the only."""
-    active = activation(parts[0])
-    return active if len(parts) == 1 else active * _linear(activation)(parts[1])
+    """The product of an activated part and of those that are not.
+
+    Args:
+        activation: Elementwise function.
+        parts: One, ``act(a)``; two, ``act(g) * u``, the gate first; or three, the doubly gated
+            ``a * act(g) * u`` of OpenMoE.
+
+    Returns:
+        A part's shape.
+    """
+    gate = _GATE[len(parts)]
+    hidden = activation(parts[gate])
+    for index, part in enumerate(parts):
+        if index != gate:
+            hidden = hidden * _linear(activation)(part)
+    return hidden
 
 
 class HiddenGradient(NamedTuple):
@@ -128,36 +144,46 @@ class HiddenGradient(NamedTuple):
     backward: Callable[[Tensor], Tensor]
 
 
-def hidden_units_vjp(activation: Activation, pre: Tensor, gated: bool) -> HiddenGradient:
+def hidden_units_vjp(activation: Activation, pre: Tensor, num_parts: int) -> HiddenGradient:
     """Recompute the hidden units and keep what their gradient needs.
 
     Args:
         activation: Elementwise function.
         pre: As in ``hidden_units``.
-        gated: As in ``hidden_units``.
+        num_parts: As in ``hidden_units``.
 
     Returns:
         ``hidden`` ``(..., F)``, and ``backward``: ``(..., F)`` to the shape of ``pre``; it is
         called at most once.
     """
-    return hidden_from_parts_vjp(activation, _parts(pre, gated))
+    return hidden_from_parts_vjp(activation, pre.chunk(num_parts, dim=-1))
 
 
 def hidden_from_parts_vjp(activation: Activation, parts: Sequence[Tensor]) -> HiddenGradient:
-    """``hidden_units_vjp`` over parts; the gradient comes back as one tensor, the gate first."""
-    active, active_backward = _vjp(activation, parts[0])
-    if len(parts) == 1:
-        return HiddenGradient(active, active_backward)
-    if isinstance(activation, GatedActivation):
-        linear, linear_backward = _vjp(activation.linear, parts[1])
-    else:
-        linear, linear_backward = parts[1], _same
+    """``hidden_units_vjp`` over parts; the gradient comes back as one tensor, in their order."""
+    gate = _GATE[len(parts)]
+    hidden, pullback = _vjp(activation, parts[gate])
+    steps: list[tuple[int, Tensor, Tensor, Callable[[Tensor], Tensor]]] = []
+    for index, part in enumerate(parts):
+        if index != gate:
+            factor, factor_pullback = _linear_vjp(activation, part)
+            steps.append((index, hidden, factor, factor_pullback))
+            hidden = hidden * factor
 
-    def gated_backward(grad: Tensor) -> Tensor:
-        halves = [active_backward(grad * linear), linear_backward(grad * active)]
-        return torch.cat(halves, dim=-1)
+    def backward(grad: Tensor) -> Tensor:
+        grads = [grad] * len(parts)
+        for index, before, factor, factor_pullback in reversed(steps):
+            grads[index] = factor_pullback(grad * before)
+            grad = grad * factor
+        grads[gate] = pullback(grad)
+        return torch.cat(grads, dim=-1) if steps else grads[gate]
 
-    return HiddenGradient(active * linear, gated_backward)
+    return HiddenGradient(hidden, backward)
+
+
+def _linear_vjp(activation: Activation, part: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    linear = _linear(activation)
+    return (part, _same) if linear is _same else _vjp(linear, part)
 
 
 def _linear(activation: Activation) -> Activation:
@@ -166,10 +192,6 @@ def _linear(activation: Activation) -> Activation:
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _parts(pre: Tensor, gated: bool) -> Sequence[Tensor]:
-    return pre.chunk(2, dim=-1) if gated else (pre,)
 
 
 def _vjp(activation: Activation, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -12,7 +12,9 @@ from expertmesh.models.rotary import rotate_halves
 QKNorm = Literal["none", "head", "full"]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Scaled dot product attention over shared key and value heads.
 
     Args:
@@ -20,6 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         k: ``(B, G, P + S, A)``; head h of ``q`` uses head ``h // (H / G)``.
         v: ``(B, G, P + S, V)``.
         mask: Bool, True where a query may look; None means causal for S > 1, all for S = 1.
+        scale: Multiplies the scores; None means ``A ** -0.5``.
 
     Returns:
         ``(B, S, H * V)``.
@@ -31,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     causal = mask is None and q.shape[2] > 1
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1
     )
     return y.transpose(1, 2).flatten(2)
 
@@ -50,6 +53,7 @@ class GroupedAttention(nn.Module):
         index: The block's index, which names its part of the cache.
         qk_norm: ``"none"``, ``"head"`` or ``"full"``.
         norm_eps: Of these norms.
+        scale: Multiplies the scores; None means ``head_dim ** -0.5``.
     """
 
     def __init__(
@@ -62,9 +66,11 @@ class GroupedAttention(nn.Module):
         *,
         qk_norm: QKNorm = "none",
         norm_eps: float = 1e-6,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.scale = scale
         self.index = index
         self.q = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.k = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
@@ -90,7 +96,7 @@ class GroupedAttention(nn.Module):
             q, k = rotate_halves(q, context.rotation), rotate_halves(k, context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.index)
-        return self.out(attend(q, k, v, context.attention_mask))
+        return self.out(attend(q, k, v, context.attention_mask, self.scale))
 
     def _heads(self, y: Tensor, norm: RMSNorm | None) -> Tensor:
         """Normalise and split: ``(B, S, H * A)`` to ``(B, H, S, A)``."""

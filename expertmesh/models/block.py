@@ -4,20 +4,20 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from expertmesh.experts import GatedMLPExperts
 from expertmesh.layer import MoE, set_loss_scale
 from expertmesh.models.attention import GroupedAttention
 from expertmesh.models.config import DecoderConfig
 from expertmesh.models.context import BlockContext
 from expertmesh.models.dropout import Dropout
+from expertmesh.models.experts import build_experts
 from expertmesh.models.latent_attention import LatentAttention
-from expertmesh.models.mlp import GatedMLP
+from expertmesh.models.mlp import DoublyGatedMLP, GatedMLP
 from expertmesh.models.norm import RMSNorm
 from expertmesh.recompute import is_recompute
 
 
 class DenseBlock(nn.Module):
-    """Attention and a dense gated MLP.
+    """Attention and a dense MLP.
 
     Args:
         config: The model's shape.
@@ -26,12 +26,10 @@ class DenseBlock(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        if config.dense_hidden is None:
-            raise ValueError("dense_hidden must be set for a dense block, got None")
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = build_attention(config, index)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = GatedMLP(config.dim, config.dense_hidden, config.activation)
+        self.mlp = build_mlp(config, _given(config.dense_hidden))
         self.attention_dropout = Dropout(config.dropout, index, "attention")
         self.mlp_dropout = Dropout(config.dropout, index, "mlp")
 
@@ -44,7 +42,7 @@ class DenseBlock(nn.Module):
 
 
 class MoEBlock(nn.Module):
-    """Attention and an MoE layer.
+    """Attention, an MoE layer, and with ``extra_mlp`` a dense MLP after it.
 
     Args:
         config: The model's shape.
@@ -60,11 +58,24 @@ class MoEBlock(nn.Module):
         self.moe = build_moe(config, index)
         self.attention_dropout = Dropout(config.dropout, index, "attention")
         self.moe_dropout = Dropout(config.dropout, index, "moe")
+        self.extra_norm = self.extra_mlp = None
+        if config.extra_mlp:
+            self.extra_norm = RMSNorm(config.dim, config.norm_eps)
+            self.extra_mlp = build_mlp(config, _given(config.dense_hidden))
+        self.extra_dropout = Dropout(config.dropout, index, "extra")
 
     def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
         """Args: ``x_BSD`` ``(B, S, D)`` and what the blocks share. Returns ``(B, S, D)``."""
         y_BSD = self.attention(self.attention_norm(x_BSD), context)
         x_BSD = x_BSD + self.attention_dropout(y_BSD, context.key)
+        x_BSD = x_BSD + self.moe_dropout(self._experts(x_BSD, context), context.key)
+        if self.extra_norm is None or self.extra_mlp is None:
+            return x_BSD
+        y_BSD = self.extra_mlp(self.extra_norm(x_BSD))
+        return x_BSD + self.extra_dropout(y_BSD, context.key)
+
+    def _experts(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
+        """The MoE layer on its norm; its decision goes where the context wants it."""
         moe = partial(
             self.moe,
             padding_mask=context.padding_mask_BS,
@@ -76,11 +87,11 @@ class MoEBlock(nn.Module):
             # Here and not before the pass: a pass that is recomputed must find its own again.
             set_loss_scale(self.moe, context.loss_scale)
         if context.record is None:
-            return x_BSD + self.moe_dropout(moe(self.moe_norm(x_BSD)), context.key)
+            return moe(self.moe_norm(x_BSD))
         y_BSD, routing = moe(self.moe_norm(x_BSD), return_routing=True)
         if not is_recompute():
             context.record[self.index] = routing
-        return x_BSD + self.moe_dropout(y_BSD, context.key)
+        return y_BSD
 
 
 def build_attention(config: DecoderConfig, index: int) -> GroupedAttention | LatentAttention:
@@ -94,6 +105,7 @@ def build_attention(config: DecoderConfig, index: int) -> GroupedAttention | Lat
             index,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
+            scale=config.attention_scale,
         )
     return LatentAttention(
         config.dim,
@@ -108,20 +120,24 @@ def build_attention(config: DecoderConfig, index: int) -> GroupedAttention | Lat
     )
 
 
+_MLPS: dict[str, type[GatedMLP | DoublyGatedMLP]] = {
+    "gated": GatedMLP,
+    "doubly_gated": DoublyGatedMLP,
+}
+
+
+def build_mlp(config: DecoderConfig, hidden: int) -> nn.Module:
+    """A dense MLP of the model's kind and a width of its own."""
+    return _MLPS[config.mlp](config.dim, hidden, config.activation)
+
+
 def build_moe(config: DecoderConfig, index: int) -> MoE:
-    """The MoE layer of block ``index``: router, gated experts, and shared ones if any."""
-    experts = GatedMLPExperts(
-        config.dim,
-        config.expert_hidden,
-        config.num_experts,
-        activation=config.activation,
-        init_std=config.init_std,
-        seed=0,
-    )
+    """The MoE layer of block ``index``: router, experts, and shared ones if any."""
+    experts = build_experts(config)
     shared = None
     if config.num_shared_experts:
         hidden = config.num_shared_experts * config.expert_hidden
-        shared = GatedMLP(config.dim, hidden, config.activation)
+        shared = build_mlp(config, hidden)
     return MoE(config.build_router(index), experts, shared=shared, losses=config.losses)
 
 

@@ -7,7 +7,8 @@ import torch
 
 from expertmesh.models import counts
 from expertmesh.models.validation import check_config
-from expertmesh.routing import TopKRouter, router_preset
+from expertmesh.routing import Router
+from expertmesh.routing.registry import RouterSite, build_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class DecoderConfig:
     qk_norm: Literal["none", "head", "full"] = "none"
     """``"gqa"``: norm of queries and keys, by head (Qwen3) or over the projection (OLMoE)."""
 
+    attention_scale: float | None = None
+    """``"gqa"``: multiplies the scores. None: ``head_width ** -0.5``. OpenMoE has 1."""
+
     position: Literal["rotary", "learned", "none"] = "rotary"
     """Rotary angles, a learned vector per position, or nothing but the causal mask."""
 
@@ -69,8 +73,14 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     """Added to the mean square in every norm."""
 
+    mlp: Literal["gated", "doubly_gated"] = "gated"
+    """Dense MLPs, shared and routed experts: ``act(gate) * up``, or ``linear * act(gate) * up``."""
+
     dense_hidden: int | None = None
-    """Hidden width of the dense gated MLPs; None if every block is MoE."""
+    """Hidden width of the dense MLPs; None if there are none."""
+
+    extra_mlp: bool = False
+    """MoE blocks end with a dense MLP, on a norm of its own, after the MoE layer (OpenMoE)."""
 
     moe_every: int = 1
     """Every n-th block is MoE: block i (from 0) where ``(i + 1) % moe_every == 0``."""
@@ -87,20 +97,29 @@ class DecoderConfig:
     expert_hidden: int = 0
     """Hidden width F of an expert."""
 
+    expert_form: Literal["auto", "plain", "scaled_input", "gpt_oss"] = "auto"
+    """Routed experts' convention: ``"plain"``; ``"scaled_input"``, Llama 4's, where the weight
+    multiplies what goes in; ``"gpt_oss"``, clamped SwiGLU with biases. ``"auto"`` takes what the
+    router's model has: those two with their routers, else plain."""
+
     num_shared_experts: int = 0
     """Experts that every token takes, as one gated MLP of this many times F."""
 
     router: str = "mixtral"
-    """Name of the router's preset."""
+    """Name of the router: a preset, or another family (docs/routing.md has them all)."""
 
     router_options: dict[str, Any] = field(default_factory=dict)
-    """Overrides of that preset, by its own argument names."""
+    """Overrides of that preset by its own argument names, or the family's options."""
 
     activation: str = "silu"
-    """Gate's activation, in experts and dense MLPs."""
+    """Gate's activation, in experts (but those of ``"gpt_oss"``) and dense MLPs."""
 
     dropout: float = 0.0
     """Probability that training drops an element of what a block adds to the residual."""
+
+    expert_dropout: float = 0.0
+    """Probability that training drops a hidden unit of a routed expert; Switch fine-tunes with 0.4
+    here and 0.1 for ``dropout``."""
 
     tied_embeddings: bool = False
     """The output's weight is the embedding."""
@@ -139,17 +158,17 @@ class DecoderConfig:
         """Number of blocks with experts."""
         return sum(self.is_moe(index) for index in range(self.num_layers))
 
-    def build_router(self, layer: int = 0) -> TopKRouter:
+    def build_router(self, layer: int = 0) -> Router:
         """The router of block ``layer``, whose random draws are set apart by this number."""
-        return router_preset(
-            self.router,
+        site = RouterSite(
             dim=self.dim,
             num_experts=self.num_experts,
             k=self.experts_per_token,
-            seed=0,
+            vocab_size=self.vocab_size,
+            max_seq_len=self.max_seq_len,
             layer=layer,
-            **self.router_options,
         )
+        return build_router(self.router, site, self.router_options)
 
     @property
     def num_params(self) -> int:

@@ -1,7 +1,7 @@
 """What every block of one forward pass is told."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -59,6 +59,27 @@ class BlockContext:
 
     loss_scale: float | None = None
     """What multiplies the balance losses of this pass; None leaves what each layer holds."""
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "BlockContext":
+        """The same context for a block on another device.
+
+        accelerate calls this on whatever a module is given. The cache keeps each layer's keys and
+        values where that layer is, and recorded decisions stay where they were made.
+        """
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        padding, mask = self.padding_mask_BS, self.attention_mask
+        angles, key = self.rotation, self.key
+        return replace(
+            self,
+            tokens_BS=moved(self.tokens_BS),
+            padding_mask_BS=None if padding is None else moved(padding),
+            attention_mask=None if mask is None else moved(mask),
+            rotation=None if angles is None else Rotation(moved(angles.cos), moved(angles.sin)),
+            key=None if key is None else RandomKey(moved(key.seed), moved(key.token_index)),
+        )
 
 
 def positions_of(padding_mask: Tensor | None, past: int, tokens_BS: Tensor) -> Tensor:

@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from expertmesh.models.experts import num_biases
+
 if TYPE_CHECKING:
     from expertmesh.models.config import DecoderConfig
 
 
 def num_params(config: DecoderConfig) -> int:
     """All parameters of the model."""
-    return _matrices(config, config.num_experts) + _vectors(config) + _lookups(config)
+    vectors = _vectors(config) + _expert_biases(config, config.num_experts)
+    return _matrices(config, config.num_experts) + vectors + _lookups(config)
 
 
 def num_active_params(config: DecoderConfig) -> int:
     """All parameters but those of the E - K experts that a token does not choose."""
-    return _matrices(config, config.experts_per_token) + _vectors(config) + _lookups(config)
+    vectors = _vectors(config) + _expert_biases(config, config.experts_per_token)
+    return _matrices(config, config.experts_per_token) + vectors + _lookups(config)
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int) -> int:
@@ -41,9 +45,10 @@ def _block_matrices(config: DecoderConfig, moe: bool, num_experts: int) -> int:
     """Weights of a block that multiply, with so many experts counted."""
     attention = _attention_matrices(config)
     if not moe:
-        return attention + _gated_mlp(config.dim, config.dense_hidden or 0)
-    expert = _gated_mlp(config.dim, config.expert_hidden)
-    return attention + _router(config) + (num_experts + config.num_shared_experts) * expert
+        return attention + _mlp(config, config.dense_hidden or 0)
+    extra = _mlp(config, config.dense_hidden or 0) if config.extra_mlp else 0
+    experts = (num_experts + config.num_shared_experts) * _mlp(config, config.expert_hidden)
+    return attention + _router(config) + experts + extra
 
 
 def _matrices(config: DecoderConfig, num_experts: int) -> int:
@@ -63,11 +68,18 @@ def _lookups(config: DecoderConfig) -> int:
 
 
 def _vectors(config: DecoderConfig) -> int:
-    norms = (2 * config.num_layers + 1) * config.dim
+    num_norms = 2 * config.num_layers + 1
+    if config.extra_mlp:
+        num_norms += config.num_moe_layers
+    norms = num_norms * config.dim
     if config.attention == "mla":
         return norms + config.num_layers * ((config.q_lora_rank or 0) + (config.kv_lora_rank or 0))
     heads = {"none": 0, "head": 2, "full": config.num_heads + config.kv_heads}[config.qk_norm]
     return norms + config.num_layers * heads * config.head_width
+
+
+def _expert_biases(config: DecoderConfig, num_experts: int) -> int:
+    return config.num_moe_layers * num_experts * num_biases(config)
 
 
 def _head_widths(config: DecoderConfig) -> tuple[int, int]:
@@ -92,8 +104,9 @@ def _attention_matrices(config: DecoderConfig) -> int:
     return q + kv_down + kv_up + heads * value_width * dim
 
 
-def _gated_mlp(dim: int, hidden: int) -> int:
-    return 3 * dim * hidden
+def _mlp(config: DecoderConfig, hidden: int) -> int:
+    matrices = {"gated": 3, "doubly_gated": 4}[config.mlp]
+    return matrices * config.dim * hidden
 
 
 def _router(config: DecoderConfig) -> int:

@@ -23,6 +23,9 @@ from expertmesh.models.routers import warn_of_leaks
 from expertmesh.random import RandomKey
 from expertmesh.routing.routing import Routing
 
+OutputLayer = Callable[[Tensor, Tensor], Tensor]
+"""What is made of hidden states ``(B, S, D)`` and the output's weight ``(V, D)``."""
+
 
 class DecoderLM(nn.Module):
     """Token ids in, logits of the next token out.
@@ -85,11 +88,13 @@ class DecoderLM(nn.Module):
         tokens_BS: Tensor,
         *,
         padding_mask: Tensor | None = None,
+        padded_at_end: bool = False,
         key: RandomKey | None = None,
         routing: Mapping[int, Routing] | None = None,
         record: dict[int, Routing] | None = None,
         cache: KeyValueCache | None = None,
         positions: Tensor | None = None,
+        output: OutputLayer | None = None,
     ) -> Tensor:
         """Logits of the token after each position.
 
@@ -102,6 +107,9 @@ class DecoderLM(nn.Module):
             padding_mask: Bool ``(B, P + S)``, True at padding on either side, where P positions
                 are cached; None if there is none. Give None where you can: attention needs no
                 stored mask then.
+            padded_at_end: Padding only follows a row's tokens, never precedes or parts them: what
+                is causal does not see it, so attention needs no stored mask either, and can be
+                flash attention. What comes out at padding is then no row's.
             key: Names the random numbers of this step; None draws from torch's generator.
             routing: Recorded decisions to follow, by block index; other blocks decide.
             record: A dict that MoE blocks fill with their decisions, by block index. With
@@ -109,31 +117,40 @@ class DecoderLM(nn.Module):
             cache: Holds earlier keys and values and is extended, such as transformers'
                 ``DynamicCache``.
             positions: int64 ``(B or 1, S)``. None counts from the first token that is no padding.
+            output: Takes the place of the output layer, for example with a loss that never makes
+                the logits; its weight is whole while it runs.
 
         Returns:
-            ``(B, S, V)``.
+            ``(B, S, V)``, or what ``output`` gives.
         """
         hidden_BSD = self.hidden(
             tokens_BS,
             padding_mask=padding_mask,
+            padded_at_end=padded_at_end,
             key=key,
             routing=routing,
             record=record,
             cache=cache,
             positions=positions,
         )
-        return self.logits(hidden_BSD)
+        return self.logits(hidden_BSD, output)
 
-    def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """The output layer alone: ``(..., D)`` to ``(..., V)``."""
-        output = self.embedding if self.head is None else self.head
-        return F.linear(hidden_BSD, output.weight)
+    def logits(self, hidden_BSD: Tensor, output: OutputLayer | None = None) -> Tensor:
+        """The output layer alone, or what stands for it: ``(..., D)`` to ``(..., V)``."""
+        if output is not None:
+            return output(hidden_BSD, (self.embedding if self.head is None else self.head).weight)
+        if self.head is None:
+            return F.linear(hidden_BSD, self.embedding.weight)
+        # By the module itself: its weight may be elsewhere until it is called (offloading).
+        logits_BSV: Tensor = self.head(hidden_BSD)
+        return logits_BSV
 
     def hidden(
         self,
         tokens_BS: Tensor,
         *,
         padding_mask: Tensor | None = None,
+        padded_at_end: bool = False,
         key: RandomKey | None = None,
         routing: Mapping[int, Routing] | None = None,
         record: dict[int, Routing] | None = None,
@@ -149,6 +166,7 @@ class DecoderLM(nn.Module):
             None,
             tokens_BS,
             padding_mask=padding_mask,
+            padded_at_end=padded_at_end,
             key=key,
             routing=routing,
             record=record,
@@ -163,9 +181,11 @@ class DecoderLM(nn.Module):
         tokens_BS: Tensor,
         *,
         padding_mask: Tensor | None = None,
+        padded_at_end: bool = False,
         key: RandomKey | None = None,
         cache: KeyValueCache | None = None,
         loss_scale: float | None = None,
+        output: OutputLayer | None = None,
     ) -> Tensor:
         """Some of the model's blocks, as one stage of a pipeline; ``forward`` cut in pieces.
 
@@ -175,24 +195,28 @@ class DecoderLM(nn.Module):
             x_BSD: What the blocks before these gave, ``(B, S, D)``; None for those from 0 on.
             tokens_BS: As in ``forward``, for every stage: routers may look at them.
             padding_mask: As in ``forward``.
+            padded_at_end: As in ``forward``.
             key: As in ``forward``.
             cache: As in ``forward``.
             loss_scale: What multiplies the balance losses that this pass attaches, also when it is
                 recomputed after others; None leaves what ``set_loss_scale`` set last.
+            output: As in ``forward``; called on the last block's stage.
 
         Returns:
-            ``(B, S, D)``, or logits ``(B, S, V)`` from the last block's stage.
+            ``(B, S, D)``, or logits ``(B, S, V)``, or what ``output`` gives, from the last block's
+            stage.
         """
         y = self._run(
             blocks,
             x_BSD,
             tokens_BS,
             padding_mask=padding_mask,
+            padded_at_end=padded_at_end,
             key=key,
             cache=cache,
             loss_scale=loss_scale,
         )
-        return self.logits(y) if blocks.stop == self.config.num_layers else y
+        return self.logits(y, output) if blocks.stop == self.config.num_layers else y
 
     def _run(
         self,
@@ -201,6 +225,7 @@ class DecoderLM(nn.Module):
         tokens_BS: Tensor,
         *,
         padding_mask: Tensor | None,
+        padded_at_end: bool,
         key: RandomKey | None,
         cache: KeyValueCache | None,
         routing: Mapping[int, Routing] | None = None,
@@ -221,7 +246,9 @@ class DecoderLM(nn.Module):
             padding_mask_BS=(
                 None if padding_mask is None else self.own_part(padding_mask[:, past:], 1)
             ),
-            attention_mask=attention_mask_of(padding_mask, past, tokens_BS),
+            attention_mask=attention_mask_of(
+                None if padded_at_end else padding_mask, past, tokens_BS
+            ),
             rotation=self._rotation(positions, x_BSD.dtype),
             key=key,
             cache=cache,

@@ -138,6 +138,91 @@ def _deepseek_v2_lite() -> dict[str, Any]:
     }
 
 
+def _openmoe(
+    *, num_moe_layers: int, z_coef: float = 1e-4, init_std: float | None = None, **sizes: int
+) -> dict[str, Any]:
+    """OpenMoE (arXiv 2402.01739), as its training code and published tensors have it.
+
+    The balance losses are averaged over MoE layers there and added up here, so their coefficients
+    are divided by the number of these layers. Initial weights have the variance 0.1 / D, as those
+    that read the model's width do there.
+    """
+    return {
+        "vocab_size": 256384,
+        "attention_scale": 1.0,
+        "max_seq_len": 2048,
+        "mlp": "doubly_gated",
+        "expert_hidden": sizes["dense_hidden"],
+        "extra_mlp": True,
+        "experts_per_token": 2,
+        "router": "openmoe",
+        "router_options": {
+            "balance_coef": 0.01 / num_moe_layers,
+            "z_coef": z_coef / num_moe_layers,
+        },
+        "init_std": (0.1 / sizes["dim"]) ** 0.5 if init_std is None else init_std,
+        **sizes,
+    }
+
+
+def _openmoe_test() -> dict[str, Any]:
+    """OpenMoE's structure in small: every second block MoE, heads wider than the model."""
+    return _openmoe(
+        num_moe_layers=2,
+        init_std=0.08,  # so narrow a model learns far slower from the family's own
+        dim=64,
+        num_layers=4,
+        num_heads=4,
+        head_dim=24,
+        dense_hidden=128,
+        moe_every=2,
+        num_experts=8,
+    )
+
+
+def _openmoe_base() -> dict[str, Any]:
+    """OpenMoE base, 16 experts."""
+    return _openmoe(
+        num_moe_layers=3,
+        dim=768,
+        num_layers=12,
+        num_heads=12,
+        head_dim=64,
+        dense_hidden=2048,
+        moe_every=4,
+        num_experts=16,
+    )
+
+
+def _openmoe_8b() -> dict[str, Any]:
+    """OpenMoE 8B, 32 experts; 11.9 billion parameters by the published shapes."""
+    return _openmoe(
+        num_moe_layers=4,
+        dim=2048,
+        num_layers=24,
+        num_heads=24,
+        head_dim=128,
+        dense_hidden=8192,
+        moe_every=6,
+        num_experts=32,
+    )
+
+
+def _openmoe_34b() -> dict[str, Any]:
+    """OpenMoE 34B, 32 experts; 46.3 billion parameters by the published shapes."""
+    return _openmoe(
+        num_moe_layers=8,
+        z_coef=1e-3,
+        dim=3072,
+        num_layers=32,
+        num_heads=24,
+        head_dim=128,
+        dense_hidden=12288,
+        moe_every=4,
+        num_experts=32,
+    )
+
+
 _PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "nano": _nano,
     "nano-dense": _nano_dense,
@@ -145,4 +230,8 @@ _PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "mixtral-8x7b": _mixtral_8x7b,
     "qwen3-30b-a3b": _qwen3_30b_a3b,
     "deepseek-v2-lite": _deepseek_v2_lite,
+    "openmoe-test": _openmoe_test,
+    "openmoe-base": _openmoe_base,
+    "openmoe-8b": _openmoe_8b,
+    "openmoe-34b": _openmoe_34b,
 }

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from expertmesh.errors import nearest
 from expertmesh.kernels.activations import ACTIVATIONS
+from expertmesh.models.experts import FORMS, form_of
 from expertmesh.routing import Capacity, GroupLimit
+from expertmesh.routing.presets import named_capacity
 
 if TYPE_CHECKING:
     from expertmesh.models.config import DecoderConfig
@@ -32,10 +34,16 @@ ROUTER_FIELDS = {
 }
 PRESET_NUMBERS = ("balance_coef", "z_coef", "bias_rate")
 ROUTER_NUMBERS = ("scale", "init_std")
-ROUTER_TEXTS = ("score", "renormalize")
+ROUTER_TEXTS = ("score", "renormalize", "sampling")
 ROUTER_TABLES: dict[str, type] = {"capacity": Capacity, "group_limit": GroupLimit}
 ROUTER_OBJECTS = ("noise", "skip", "bias")
-EXPERT_FIELDS = ("experts_per_token", "expert_hidden", "num_shared_experts", "first_dense")
+EXPERT_FIELDS = (
+    "experts_per_token",
+    "expert_hidden",
+    "num_shared_experts",
+    "first_dense",
+    "extra_mlp",
+)
 
 
 def check_config(config: DecoderConfig) -> None:
@@ -51,24 +59,36 @@ def check_config(config: DecoderConfig) -> None:
     for name in ("norm_eps", "init_std", "rope_theta"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(
-            f"dropout must be at least 0 and below 1, got {config.dropout}; set dropout = 0"
-        )
+    for name in ("dropout", "expert_dropout"):
+        p = getattr(config, name)
+        if not 0 <= p < 1:
+            raise ValueError(
+                f"{name} must be at least 0 and below 1, got {p}; set {name} = 0 for none"
+            )
     _one_of(config, "losses", ("attach", "return"))
     _one_of(config, "activation", ACTIVATIONS)
+    _one_of(config, "mlp", ("gated", "doubly_gated"))
     _one_of(config, "position", ("rotary", "learned", "none"))
     _one_of(config, "attention", ("gqa", "mla"))
     if config.attention == "gqa":
         _check_grouped(config)
     else:
         _check_latent(config)
+    _one_of(config, "expert_form", ("auto", *FORMS))
     _check_experts(config)
     _check_dense(config)
 
 
 def _check_grouped(config: DecoderConfig) -> None:
     _one_of(config, "qk_norm", ("none", "head", "full"))
+    scale = config.attention_scale
+    if scale is not None:
+        _number("attention_scale", scale)
+        if scale <= 0:
+            raise ValueError(
+                f"attention_scale must be positive, got {scale}; leave it out for "
+                f"head_width ** -0.5 = {config.head_width**-0.5:.4g}"
+            )
     for name in LATENT_FIELDS:
         if getattr(config, name) is not None:
             raise ValueError(
@@ -103,6 +123,11 @@ def _check_latent(config: DecoderConfig) -> None:
                 f"{name} has no meaning for attention='mla', got {getattr(config, name)}; "
                 "set qk_nope_head_dim, qk_rope_head_dim and v_head_dim instead"
             )
+    if config.attention_scale is not None:
+        raise ValueError(
+            "attention_scale has no meaning for attention='mla', "
+            f"got {config.attention_scale}; leave it out"
+        )
     if config.qk_norm != "none":
         raise ValueError(
             f"qk_norm must be 'none' for attention='mla', which norms its latents, "
@@ -131,6 +156,11 @@ def _check_experts(config: DecoderConfig) -> None:
                     f"{name} has no meaning without experts, got {getattr(config, name)}; "
                     f"set num_experts, or {name}=0"
                 )
+        if config.expert_form != "auto" or config.expert_dropout:
+            raise ValueError(
+                f"expert_form={config.expert_form!r} and expert_dropout={config.expert_dropout} "
+                "have no meaning without experts; set num_experts, or leave them out"
+            )
         if config.moe_every != 1 or config.router_options:
             raise ValueError(
                 f"moe_every={config.moe_every} and router_options={config.router_options} have no "
@@ -138,6 +168,11 @@ def _check_experts(config: DecoderConfig) -> None:
             )
         return
     _at_least(config, "expert_hidden", 1)
+    if form_of(config) == "gpt_oss" and config.mlp != "gated":
+        raise ValueError(
+            f"mlp must be 'gated' for gpt-oss's experts, got {config.mlp!r}; set it, or "
+            "expert_form='plain'"
+        )
     _check_router_options(config)
     if not 1 <= config.experts_per_token <= config.num_experts:
         raise ValueError(
@@ -163,7 +198,10 @@ def _check_router_options(config: DecoderConfig) -> None:
                 f"router_options.{option} must be a number, text, table or None, which a run file "
                 f"can hold, got {type(value).__name__}; build an MoE layer for more"
             )
-        _check_router_option(f"router_options.{option}", option, value)
+        if option == "capacity" and isinstance(value, str):
+            named_capacity(config.router, value)
+        else:
+            _check_router_option(f"router_options.{option}", option, value)
 
 
 def _check_router_option(name: str, option: str, value: object) -> None:
@@ -214,12 +252,14 @@ def _is_plain(value: object) -> bool:
 
 
 def _check_dense(config: DecoderConfig) -> None:
-    if config.num_moe_layers < config.num_layers:
+    if not isinstance(config.extra_mlp, bool):
+        raise ValueError(f"extra_mlp must be true or false, got {config.extra_mlp!r}; set one")
+    if config.num_moe_layers < config.num_layers or config.extra_mlp:
         _at_least(config, "dense_hidden", 1)
     elif config.dense_hidden is not None:
         raise ValueError(
             f"dense_hidden has no meaning when every block is MoE, got {config.dense_hidden}; "
-            "leave it out, or set moe_every or first_dense"
+            "leave it out, or set moe_every, first_dense or extra_mlp"
         )
 
 

@@ -1,13 +1,13 @@
-"""MLPExperts and GatedMLPExperts: shapes, initial values, printing, errors."""
+"""The MLP families: shapes, initial values, printing, errors."""
 
 import pytest
 import torch
 
-from expertmesh.experts import GatedMLPExperts, MLPExperts
+from expertmesh.experts import DoublyGatedMLPExperts, GatedMLPExperts, MLPExperts
 from expertmesh.testing import assert_close
 
-FAMILIES = [MLPExperts, GatedMLPExperts]
-Family = type[MLPExperts] | type[GatedMLPExperts]
+FAMILIES = [MLPExperts, GatedMLPExperts, DoublyGatedMLPExperts]
+Family = type[MLPExperts] | type[GatedMLPExperts] | type[DoublyGatedMLPExperts]
 
 
 def rows(num_rows: int = 9, k: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,6 +30,14 @@ def test_shapes() -> None:
         "down_bias": (4, 8),
     }
     assert dict(GatedMLPExperts(8, 12, 4).named_parameters()).keys() == {"gate_up", "down"}
+    doubly = DoublyGatedMLPExperts(8, 12, 4, bias=True)
+    shapes = {name: tuple(p.shape) for name, p in doubly.named_parameters()}
+    assert shapes == {
+        "gates_up": (4, 3, 12, 8),
+        "down": (4, 8, 12),
+        "gates_up_bias": (4, 3, 12),
+        "down_bias": (4, 8),
+    }
 
 
 def test_mlp_is_the_equation() -> None:
@@ -51,6 +59,17 @@ def test_gated_gate_is_index_zero() -> None:
     y = experts(x, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.float64))
     gate, up = experts.gate_up[1, 0] @ x[0], experts.gate_up[1, 1] @ x[0]
     assert_close("y", y[0], experts.down[1] @ (torch.nn.functional.silu(gate) * up))
+
+
+def test_doubly_gated_is_linear_gate_up() -> None:
+    experts = DoublyGatedMLPExperts(8, 12, 4, dtype=torch.float64)
+    x = torch.randn(1, 8, dtype=torch.float64)
+    y = experts(x, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.float64))
+    linear, gate, up = experts.gates_up[1] @ x[0]
+    hidden = linear * torch.nn.functional.silu(gate) * up
+    assert_close("y", y[0], experts.down[1] @ hidden)
+    with pytest.raises(ValueError, match="'clamped_swiglu' is for gated experts, whose up has 2"):
+        DoublyGatedMLPExperts(8, 12, 4, activation="clamped_swiglu")(*rows())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -39,14 +39,17 @@ def make_case(
     num_experts: int = 6,
     k: int = 3,
     *,
-    gated: bool = True,
+    gated: int = 1,
     bias: bool = True,
     sentinels: float = 0.2,
     activation: str = "silu",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Case:
-    """Experts are drawn with repetition; expert 1 gets no rows where there are others."""
+    """Experts are drawn with repetition; expert 1 gets no rows where there are others.
+
+    ``gated`` counts the gates: 0, 1, or 2 of doubly gated experts.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -56,7 +59,7 @@ def make_case(
     if num_experts > 1:
         expert[expert == 1] = 0
     expert[torch.rand(rows, k, generator=g) < sentinels] = num_experts
-    up_shape = (num_experts, 2, hidden) if gated else (num_experts, hidden)
+    up_shape = (num_experts, gated + 1, hidden) if gated else (num_experts, hidden)
     return Case(
         x=normal(rows, dim),
         expert=expert,

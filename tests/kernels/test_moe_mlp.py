@@ -21,7 +21,7 @@ def aligned(**changes: object) -> Case:
 
 
 def test_reference_is_the_equation() -> None:
-    case = make_case(rows=4, k=2, gated=True, sentinels=0.3)
+    case = make_case(rows=4, k=2, gated=1, sentinels=0.3)
     y = run(case, "reference")["y"]
     for r in range(4):
         expected = torch.zeros(5, dtype=torch.float64)
@@ -33,23 +33,35 @@ def test_reference_is_the_equation() -> None:
         assert_close(f"row {r}", y[r], expected)
 
 
+def test_doubly_gated_reference_is_the_equation() -> None:
+    case = make_case(rows=3, k=2, gated=2, bias=False, sentinels=0.0)
+    y = run(case, "reference")["y"]
+    for r in range(3):
+        expected = torch.zeros(5, dtype=torch.float64)
+        for e, w in zip(case.expert[r].tolist(), case.weight[r], strict=True):
+            linear, gate, up = case.up[e] @ case.x[r]
+            expected += w * (case.down[e] @ (linear * (gate * torch.sigmoid(gate)) * up))
+        assert_close(f"row {r}", y[r], expected)
+
+
 @pytest.mark.parametrize("backend", FLOAT64)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [0, 1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_float64_matches_reference(backend: str, gated: bool, bias: bool) -> None:
+def test_float64_matches_reference(backend: str, gated: int, bias: bool) -> None:
     assert_equal_to_reference(make_case(gated=gated, bias=bias), backend)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [0, 1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_grouped_mm_matches_reference(gated: bool, bias: bool) -> None:
+def test_grouped_mm_matches_reference(gated: int, bias: bool) -> None:
     assert_equal_to_reference(aligned(gated=gated, bias=bias), "grouped_mm")
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
-def test_float32_with_many_rows(backend: str) -> None:
+@pytest.mark.parametrize("gated", [1, 2])
+def test_float32_with_many_rows(backend: str, gated: int) -> None:
     """More rows than a block of the loop, and widths where it takes oneDNN."""
-    case = make_case(3000, 16, 24, 2, 2, dtype=torch.float32, sentinels=0.05)
+    case = make_case(3000, 16, 24, 2, 2, gated=gated, dtype=torch.float32, sentinels=0.05)
     assert_equal_to_reference(case, backend)
 
 
@@ -61,7 +73,7 @@ def test_float32_with_many_rows(backend: str) -> None:
     hidden=st.integers(1, 9),
     num_experts=st.integers(1, 7),
     k=st.integers(1, 4),
-    gated=st.booleans(),
+    gated=st.integers(0, 2),
     bias=st.booleans(),
     sentinels=st.sampled_from([0.0, 0.5, 1.0]),
     activation=st.sampled_from(["silu", "relu", "gelu", "gelu_tanh"]),
@@ -78,6 +90,9 @@ def test_any_shape(backend: str, **shape: object) -> None:
         {"rows": 0},
         {"rows": 1},
         {"rows": 1, "k": 1, "sentinels": 0.0},
+        {"rows": 0, "gated": 2},
+        {"rows": 1, "gated": 2, "sentinels": 0.0},
+        {"sentinels": 1.0, "gated": 2},
         {"num_experts": 1, "sentinels": 0.0},
         {"k": 1},
         {"sentinels": 1.0},
@@ -130,8 +145,9 @@ def test_large_values(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", *ALL])
-def test_same_bits_every_time(backend: str) -> None:
-    case = make_case(300, 16, 24, 6, 3, dtype=torch.float32)
+@pytest.mark.parametrize("gated", [1, 2])
+def test_same_bits_every_time(backend: str, gated: int) -> None:
+    case = make_case(300, 16, 24, 6, 3, gated=gated, dtype=torch.float32)
     first, second = run(case, backend), run(case, backend)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -174,8 +190,8 @@ def test_unwanted_gradients_cost_no_product(backend: str) -> None:
     assert counts["x"] == counts["up"] == 2 * counts["weight"] > 0
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_gradcheck(gated: bool) -> None:
+@pytest.mark.parametrize("gated", [0, 1, 2])
+def test_gradcheck(gated: int) -> None:
     case = make_case(4, 3, 2, 3, 2, gated=gated)
     leaves = {name: value.requires_grad_() for name, value in case.tensors.items()}
 
@@ -218,8 +234,9 @@ def test_strided_inputs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_autocast(backend: str) -> None:
-    case = make_case(64, 16, 24, 4, 2, dtype=torch.float32)
+@pytest.mark.parametrize("gated", [1, 2])
+def test_autocast(backend: str, gated: int) -> None:
+    case = make_case(64, 16, 24, 4, 2, gated=gated, dtype=torch.float32)
     expected = run(case, "reference")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(case, backend)
@@ -253,8 +270,9 @@ def test_bfloat16_sums_choices_in_float32(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["loop", "gather", "auto"])
-def test_compiles_as_one_graph(backend: str) -> None:
-    case = make_case(gated=True, sentinels=0.2)
+@pytest.mark.parametrize("gated", [1, 2])
+def test_compiles_as_one_graph(backend: str, gated: int) -> None:
+    case = make_case(gated=gated, sentinels=0.2)
     expected = run(case, "reference")
     leaves = {name: value.requires_grad_() for name, value in case.tensors.items()}
     function = torch.compile(
@@ -304,7 +322,7 @@ def test_checkpointing_recomputes_the_same(use_reentrant: bool) -> None:
         ({"expert": torch.full((13, 3), -1)}, "got -1 to -1"),
         ({"weight": torch.zeros(13, 2)}, r"weights must have shape \(13, 3\), got \(13, 2\)"),
         ({"down": torch.zeros(6, 7, 5)}, r"down must have shape \(6, 5, 7\)"),
-        ({"up": torch.zeros(6, 3, 7, 5)}, r"up must be \(E, F, D\), or \(E, 2, F, D\)"),
+        ({"up": torch.zeros(6, 4, 7, 5)}, r"up must be \(E, F, D\), \(E, 2, F, D\) if gated, or"),
         ({"x": torch.zeros(13, 5)}, "x must have the experts' dtype torch.float64"),
         ({"activation": "silo"}, "did you mean 'silu'"),
         ({"activation": torch.nn.PReLU()}, "activation must have no parameters"),
@@ -313,3 +331,21 @@ def test_checkpointing_recomputes_the_same(use_reentrant: bool) -> None:
 def test_bad_input(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(replace(make_case(), **change), "auto")
+
+
+def test_saves_the_input_and_the_parts_alone() -> None:
+    """What is kept between the passes: operands, integers of the grouping, and 3 F per choice."""
+    case = make_case(rows=50, dim=4, hidden=32, k=2, gated=2, bias=False, sentinels=0.0)
+    leaves = {name: value.requires_grad_() for name, value in case.tensors.items()}
+    known = {value.untyped_storage().data_ptr() for value in leaves.values()}
+    kept: dict[int, int] = {}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if saved.is_floating_point() and storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        call(case, leaves, "loop")
+    assert sum(kept.values()) == 50 * 2 * 3 * 32 * 8

@@ -49,6 +49,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "expert_hidden": 0,
     },
     "first-dense": {**GROUPED, "moe_every": 1, "first_dense": 1, "num_shared_experts": 2},
+    "openmoe": {
+        **GROUPED,
+        "num_kv_heads": None,
+        "head_dim": 6,
+        "attention_scale": 1.0,
+        "mlp": "doubly_gated",
+        "extra_mlp": True,
+        "router": "openmoe",
+    },
     "selection-bias": {**GROUPED, "router": "deepseek_v3", "router_options": {"group_limit": None}},
 }
 

@@ -62,6 +62,17 @@ from tests.models.conftest import GROUPED, LATENT, SHAPES
         ({"num_experts": 0}, "experts_per_token has no meaning without experts, got 2"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
         ({"kv_lora_rank": 8}, "kv_lora_rank has no meaning for attention='gqa'"),
+        ({"attention_scale": 0.0}, "attention_scale must be positive, got 0.0; leave it out for"),
+        ({"attention_scale": "1"}, "attention_scale must be a finite number, got '1'"),
+        ({"mlp": "doubly"}, "mlp must be one of gated, doubly_gated.*'doubly_gated'"),
+        ({"extra_mlp": 1}, "extra_mlp must be true or false, got 1"),
+        ({"moe_every": 1, "extra_mlp": True, "dense_hidden": None}, "dense_hidden must be an int"),
+        (
+            {"num_experts": 0, "experts_per_token": 0, "expert_hidden": 0, "extra_mlp": True},
+            "extra_mlp has no meaning without experts",
+        ),
+        ({"router_options": {"capacity": "jax"}}, "capacity of router 'mixtral' must be a table"),
+        ({"router": "openmoe", "router_options": {"capacity": "jx"}}, "did you mean 'jax'"),
     ],
     ids=str,
 )
@@ -78,6 +89,7 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
         ({"v_head_dim": None}, "v_head_dim must be an integer of at least 1, got None"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim must be even, got 3; set 4"),
         ({"position": "learned"}, "position must be 'rotary' for attention='mla'"),
+        ({"attention_scale": 1.0}, "attention_scale has no meaning for attention='mla'"),
     ],
     ids=str,
 )

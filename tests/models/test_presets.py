@@ -31,6 +31,33 @@ def test_published_totals(name: str, total: float, active: float) -> None:
     assert config.num_active_params / BILLION == pytest.approx(active, rel=3e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "active_in_blocks"),
+    [
+        ("openmoe-base", 799_663_104, 0.142),
+        ("openmoe-8b", 11_855_046_656, 2.75),
+        ("openmoe-34b", 46_270_737_408, 8.46),
+    ],
+)
+def test_openmoe_has_the_published_tensors(
+    name: str, parameters: int, active_in_blocks: float
+) -> None:
+    config = decoder_preset(name)
+    assert config.num_params == parameters
+    blocks = config.num_active_params - 2 * config.vocab_size * config.dim
+    assert blocks / BILLION == pytest.approx(active_in_blocks, rel=5e-3)
+
+
+def test_openmoe_averages_its_losses_over_layers() -> None:
+    for name in decoder_presets():
+        config = decoder_preset(name)
+        if config.router == "openmoe":
+            coefs = {loss.name: loss.coef for loss in config.build_router().losses}
+            z_coef = 1e-3 if name == "openmoe-34b" else 1e-4
+            total = {key: coef * config.num_moe_layers for key, coef in coefs.items()}
+            assert total == pytest.approx({"balance": 0.01, "z": z_coef})
+
+
 def test_deepseeks_own_count_leaves_the_embedding_out() -> None:
     config = decoder_preset("deepseek-v2-lite")
     active = config.num_active_params - config.vocab_size * config.dim

@@ -141,3 +141,9 @@ def test_cuts_that_cannot_be(
 
 def test_presets_of_any_size_are_cut_at_once() -> None:
     assert sum(_sizes(Stages.of(decoder_preset("qwen3-30b-a3b"), 8, per_rank=2))) == 48
+
+
+def test_openmoe_8b_is_cut_as_its_trainer_does_by_hand() -> None:
+    """The output layer of 256,384 words weighs as much as several blocks."""
+    stages = Stages.of(decoder_preset("openmoe-8b"), 2)
+    assert [len(stage) for stage in stages.blocks] == [15, 9]

@@ -41,7 +41,9 @@ class DecodeMLP(MLPBackend):
         if problem.num_assignments > MOST_ASSIGNMENTS:
             return f"it takes at most {MOST_ASSIGNMENTS} assignments, not {problem.num_assignments}"
         if problem.activation is None:
-            return "it knows activations by name, not callables"
+            return "it knows plain activations by name, neither clamped_swiglu nor callables"
+        if problem.dropout:
+            return "it drops no hidden units"
         return triton_refusal(problem.device)
 
     def suits(self, problem: Problem) -> bool:

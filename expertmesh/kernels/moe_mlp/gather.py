@@ -25,7 +25,7 @@ class GatherMLP(MLPBackend):
     summary: ClassVar[str] = "gathers each assignment's weights; for few rows, CUDA graphs"
 
     def refusal(self, problem: Problem) -> str | None:
-        return None
+        return "it drops no hidden units" if problem.dropout else None
 
     def suits(self, problem: Problem) -> bool:
         """On CUDA without gradient. A CPU has no launches to save, only the copy to pay for."""
@@ -38,7 +38,7 @@ class GatherMLP(MLPBackend):
         expert_N = operands.expert_RK.clamp(max=operands.num_experts - 1).reshape(-1)
         x_RKD = torch.where(valid_RK1, operands.x_RD.unsqueeze(1), 0)
         pre_NH = _rows_times(x_RKD.flatten(0, 1), operands.up_EHD, operands.up_bias_EH, expert_N)
-        hidden_NF = hidden_units(spec.activation, pre_NH, spec.gated)
+        hidden_NF = hidden_units(spec.activation, pre_NH, spec.num_parts)
         out_ND = _rows_times(hidden_NF, operands.down_EDF, operands.down_bias_ED, expert_N)
         out_RKD = torch.where(valid_RK1, out_ND.view_as(x_RKD), 0).to(spec.sum_dtype)
         weight_RK1 = torch.where(valid_RK1, operands.weight_RK.unsqueeze(-1), 0)

@@ -17,6 +17,7 @@ from expertmesh.kernels.dtypes import cast, without_autocast
 from expertmesh.kernels.grouped_gemm import GroupedGemm, TorchGroupedMM
 from expertmesh.kernels.grouped_gemm.torch_grouped_mm import ALIGNMENT, DTYPES
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
+from expertmesh.kernels.moe_mlp.dropout import dropped, dropped_vjp
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
 
 
@@ -67,7 +68,8 @@ def run_grouped(operands: MLPOperands, spec: MLPSpec, gemm: GroupedGemm) -> Tens
     grouping = group_by_expert(operands.expert_RK, operands.num_experts)
     expert_N = operands.expert_RK.reshape(-1)[grouping.order_N]
     expert_N = expert_N.clamp(max=operands.num_experts - 1)
-    return _GroupedFunction.apply(*operands.differentiable, *grouping, expert_N, spec, gemm)
+    draw_N = None if operands.draw_R is None else operands.draw_R[grouping.row_N]
+    return _GroupedFunction.apply(*operands.differentiable, *grouping, expert_N, draw_N, spec, gemm)
 
 
 class _GroupedFunction(torch.autograd.Function):
@@ -85,24 +87,26 @@ class _GroupedFunction(torch.autograd.Function):
         offsets_E: Tensor,
         valid_RK: Tensor,
         expert_N: Tensor,
+        draw_N: Tensor | None,
         spec: MLPSpec,
         gemm: GroupedGemm,
     ) -> Tensor:
         grouping = Grouping(order_N, inverse_RK, offsets_E, valid_RK)
         x_ND = x_RD.index_select(0, grouping.row_N)
-        # Gate and linear half by products of their own: elementwise operations on halves of one
-        # buffer, whose rows are not contiguous, take twice as long.
-        parts = 2 if spec.gated else 1
+        # Each part by a product of its own: elementwise operations on parts of one buffer, whose
+        # rows are not contiguous, take twice as long.
+        parts = spec.num_parts
         pre_NF = [gemm.matmul(x_ND, up.mT, offsets_E) for up in up_EHD.chunk(parts, dim=1)]
         if up_bias_EH is not None:
             biases = up_bias_EH[expert_N].chunk(parts, dim=1)
             pre_NF = [pre + bias for pre, bias in zip(pre_NF, biases, strict=True)]
         hidden_NF = hidden_from_parts(spec.activation, pre_NF)
+        hidden_NF = dropped(hidden_NF, _factor(spec, draw_N, expert_N, hidden_NF))
         out_ND = gemm.matmul(hidden_NF, down_EDF.mT, offsets_E)
         if down_bias_ED is not None:
             out_ND = out_ND + down_bias_ED[expert_N]
         ctx.save_for_backward(
-            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *grouping, expert_N, *pre_NF
+            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *grouping, expert_N, draw_N, *pre_NF
         )
         ctx.spec, ctx.gemm = spec, gemm
         return cast(combine(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
@@ -111,12 +115,12 @@ class _GroupedFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy_RD.device.type):
-            return (*_gradients(ctx, dy_RD), *[None] * 7)
+            return (*_gradients(ctx, dy_RD), *[None] * 8)
 
 
 def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
     x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *rest = ctx.saved_tensors
-    fields, expert_N, pre_NF = rest[:4], rest[4], rest[5:]
+    fields, expert_N, draw_N, pre_NF = rest[:4], rest[4], rest[5], rest[6:]
     grouping, spec, gemm = Grouping(*fields), ctx.spec, ctx.gemm
     wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = (
         ctx.needs_input_grad[:6]
@@ -126,7 +130,9 @@ def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
     dx = dweight = dup = ddown = dup_bias = ddown_bias = None
 
     dy_ND = dy_RD.to(x_RD.dtype).index_select(0, grouping.row_N)
-    hidden_NF, pre_gradient = hidden_from_parts_vjp(spec.activation, pre_NF)
+    hidden = hidden_from_parts_vjp(spec.activation, pre_NF)
+    factor_NF = _factor(spec, draw_N, expert_N, hidden.hidden)
+    hidden_NF, pre_gradient = dropped_vjp(hidden, factor_NF)
     if wants_pre or wants_weight:
         dhidden_NF = gemm.matmul(dy_ND, down_EDF, offsets_E)
     if wants_weight:
@@ -141,7 +147,7 @@ def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         dpre_NH = pre_gradient(dhidden_NF.mul_(weight_N1))
     if wants_down:
         # Of a plain MLP they may be the pre-activations themselves.
-        hidden_NF = hidden_NF if spec.gated else hidden_NF.clone()
+        hidden_NF = hidden_NF if spec.num_parts > 1 else hidden_NF.clone()
         ddown = gemm.outer(dy_ND, hidden_NF.mul_(weight_N1), offsets_E)
     if wants_pre:
         if wants_x:
@@ -152,6 +158,15 @@ def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         if wants_up_bias:
             dup_bias = _sum_groups(gemm, dpre_NH, torch.ones_like(weight_N1), offsets_E)
     return dx, dweight, dup, ddown, dup_bias, ddown_bias
+
+
+def _factor(
+    spec: MLPSpec, draw_N: Tensor | None, expert_N: Tensor, hidden_NF: Tensor
+) -> Tensor | None:
+    """What dropout multiplies hidden units by."""
+    if spec.dropout is None or draw_N is None:
+        return None
+    return spec.dropout.factor(draw_N, expert_N, hidden_NF)
 
 
 def _dot_rows(a_NI: Tensor, b_NI: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from expertmesh.kernels.dtypes import cast, without_autocast
 from expertmesh.kernels.grouped_gemm import LoopGemm
 from expertmesh.kernels.grouped_gemm.matmul import matmul_transposed, row_multiple
 from expertmesh.kernels.grouping import Grouping, combine_zeroed, group_by_expert
+from expertmesh.kernels.moe_mlp.dropout import dropped, dropped_vjp
 from expertmesh.kernels.moe_mlp.grouped import run_grouped
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
 
@@ -44,7 +45,7 @@ class LoopMLP(MLPBackend):
         grouping = group_by_expert(operands.expert_RK, operands.num_experts)
         wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
         keep = wanted and torch.is_grad_enabled()
-        return _LoopFunction.apply(*operands.differentiable, grouping, spec, keep)
+        return _LoopFunction.apply(*operands.differentiable, operands.draw_R, grouping, spec, keep)
 
 
 class _Block(NamedTuple):
@@ -89,6 +90,15 @@ def _rows_by_position(x_RD: Tensor, num_rows: int, blocks: list[_Block]) -> Tens
     return rows_ND
 
 
+def _factor(
+    spec: MLPSpec, draw_R: Tensor | None, row_B: Tensor, expert: int, hidden_BF: Tensor
+) -> Tensor | None:
+    """What dropout multiplies a block's hidden units by."""
+    if spec.dropout is None or draw_R is None:
+        return None
+    return spec.dropout.factor(draw_R[row_B], expert, hidden_BF)
+
+
 def _add(bias_EO: Tensor | None, expert: int, y_NO: Tensor) -> Tensor:
     return y_NO if bias_EO is None else y_NO.add_(bias_EO[expert])
 
@@ -103,6 +113,7 @@ class _LoopFunction(torch.autograd.Function):
         down_EDF: Tensor,
         up_bias_EH: Tensor | None,
         down_bias_ED: Tensor | None,
+        draw_R: Tensor | None,
         grouping: Grouping,
         spec: MLPSpec,
         keep: bool,
@@ -114,14 +125,16 @@ class _LoopFunction(torch.autograd.Function):
         for expert, start, stop, _ in blocks:
             x_BD = _take(x_RD, row_N[start:stop])
             pre_BH = _add(up_bias_EH, expert, matmul_transposed(x_BD, ups[expert]))
-            hidden_BF = hidden_units(spec.activation, pre_BH, spec.gated)
+            hidden_BF = hidden_units(spec.activation, pre_BH, spec.num_parts)
+            factor_BF = _factor(spec, draw_R, row_N[start:stop], expert, hidden_BF)
+            hidden_BF = dropped(hidden_BF, factor_BF)
             out_BD = matmul_transposed(hidden_BF, downs[expert])
             out_ND[start:stop] = _add(down_bias_ED, expert, out_BD)[: stop - start]
             if keep:
                 pre_blocks.append(pre_BH)
         ctx.spec, ctx.blocks = spec, blocks
         ctx.save_for_backward(
-            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, *grouping, *pre_blocks
+            x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, draw_R, *grouping, *pre_blocks
         )
         return cast(combine_zeroed(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
 
@@ -134,12 +147,12 @@ class _LoopFunction(torch.autograd.Function):
             dy_RD = dy_RD.to(gradient.x_RD.dtype)
             for block, pre_BH in zip(ctx.blocks, pre_blocks, strict=True):
                 gradient.add(block, pre_BH, dy_RD)
-            return (*gradient.finish(), None, None, None)
+            return (*gradient.finish(), None, None, None, None)
 
 
 def _unpack(saved: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Grouping, Sequence[Tensor]]:
     # Reading saved_tensors twice would recompute twice under activation checkpointing.
-    operands, rest = tuple(saved[:5]), saved[5:]
+    operands, rest = tuple(saved[:6]), saved[6:]
     split = len(Grouping._fields)
     return operands, Grouping(*rest[:split]), rest[split:]
 
@@ -148,7 +161,7 @@ class _Gradient:
     """The gradients being filled, block by block; only those that are wanted."""
 
     def __init__(self, operands: tuple[Tensor, ...], grouping: Grouping, ctx: Any) -> None:
-        x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED = operands
+        x_RD, weight_RK, up_EHD, down_EDF, down_bias_ED, self.draw_R = operands
         self.grouping = grouping
         self.spec: MLPSpec = ctx.spec
         self.x_RD, self.ups, self.downs = x_RD, up_EHD.unbind(0), down_EDF.unbind(0)
@@ -173,7 +186,10 @@ class _Gradient:
         expert, start, stop, first = block
         rows = slice(start, stop)
         dy_BD = _take(dy_RD, self.row_N[rows])
-        hidden_BF, pre_gradient = hidden_units_vjp(self.spec.activation, pre_BH, self.spec.gated)
+        spec = self.spec
+        hidden = hidden_units_vjp(spec.activation, pre_BH, spec.num_parts)
+        factor_BF = _factor(spec, self.draw_R, self.row_N[rows], expert, hidden.hidden)
+        hidden_BF, pre_gradient = dropped_vjp(hidden, factor_BF)
         dhidden_BF = None
         if self.wants_pre or self.dweight_N is not None:
             dhidden_BF = matmul_transposed(dy_BD, self.downs[expert].t())

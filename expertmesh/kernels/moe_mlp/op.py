@@ -11,7 +11,9 @@ from expertmesh.kernels.activations import (
 )
 from expertmesh.kernels.backends import Problem, choose
 from expertmesh.kernels.dtypes import autocast_dtype, without_autocast
+from expertmesh.kernels.moe_mlp.block_sparse.backend import BlockSparseMLP
 from expertmesh.kernels.moe_mlp.decode import DecodeMLP
+from expertmesh.kernels.moe_mlp.dropout import HiddenDropout
 from expertmesh.kernels.moe_mlp.gather import GatherMLP
 from expertmesh.kernels.moe_mlp.grouped import GroupedMLP
 from expertmesh.kernels.moe_mlp.loop import LoopMLP
@@ -25,6 +27,7 @@ MLP_BACKENDS: tuple[MLPBackend, ...] = (
     TritonMLP(),
     GroupedMLP(),
     LoopMLP(),
+    BlockSparseMLP(),
     ReferenceMLP(),
 )
 """Most specialised first: ``auto`` takes the first that can run the problem and suits it."""
@@ -40,6 +43,8 @@ def moe_mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str | Activation = "silu",
+    dropout: HiddenDropout | None = None,
+    draw_R: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The weighted sum of each row's experts, ``y_r = sum_k weight_rk * expert_rk(x_r)``.
@@ -54,14 +59,17 @@ def moe_mlp(
         expert_RK: Expert ids ``(R, K)``, integers from 0 to E; the sentinel E contributes
             nothing to the output nor to any gradient, whatever its weight holds.
         weight_RK: Combine weights, ``(R, K)``.
-        up: ``(E, F, D)``, or for gated experts ``(E, 2, F, D)`` with the gate at index 0.
+        up: ``(E, F, D)``; for gated experts ``(E, 2, F, D)`` with the gate at index 0; for doubly
+            gated ones, ``down(a * activation(g) * u)``, ``(E, 3, F, D)`` with a, g and u.
         down: ``(E, D, F)``.
         up_bias: ``up``'s shape without D, or None.
         down_bias: ``(E, D)``, or None.
         activation: A name (silu, gelu, gelu_tanh, relu, relu2; for gated experts also
             clamped_swiglu) or an elementwise callable.
+        dropout: Of hidden units, or None.
+        draw_R: int64 ``(R,)``, a random number for each row; given with ``dropout``.
         backend: ``"auto"``, or one of decode, gather, triton, grouped_mm,
-            loop, reference.
+            loop, block_sparse, reference.
 
     Returns:
         ``(R, D)`` in x's dtype. An expert without rows gets a zero gradient.
@@ -70,6 +78,8 @@ def moe_mlp(
         ValueError: If shapes or dtypes disagree, or the forced backend cannot run this.
     """
     _check_shapes(x_RD, expert_RK, weight_RK, up, down, up_bias, down_bias)
+    if (dropout is None) != (draw_R is None):
+        raise ValueError("dropout and draw_R go together; give both or neither")
     _check_ids(expert_RK, up.shape[0])
     dtype = _product_dtype(x_RD, (up, down, up_bias, down_bias))
     with without_autocast(x_RD.device.type):
@@ -81,14 +91,18 @@ def moe_mlp(
             down.to(dtype),
             None if up_bias is None else up_bias.to(dtype),
             None if down_bias is None else down_bias.to(dtype),
+            draw_R,
         )
         wide = torch.promote_types(torch.float32, dtype)
         sum_dtype = torch.promote_types(wide, weight_RK.dtype)
-        gated = up.dim() == 4
+        num_parts = up.shape[1] if up.dim() == 4 else 1
         function = resolve_activation(activation)
-        if isinstance(function, GatedActivation) and not gated:
-            raise ValueError(f"activation {function.name!r} is for gated experts, up is not gated")
-        spec = MLPSpec(function, gated, x_RD.dtype, sum_dtype)
+        if isinstance(function, GatedActivation) and num_parts != 2:
+            raise ValueError(
+                f"activation {function.name!r} is for gated experts, whose up has 2 parts; "
+                f"this one has {num_parts}"
+            )
+        spec = MLPSpec(function, num_parts, x_RD.dtype, sum_dtype, dropout)
         return choose(MLP_BACKENDS, _problem(operands, spec), backend).run(operands, spec)
 
 
@@ -105,7 +119,9 @@ def _problem(operands: MLPOperands, spec: MLPSpec) -> Problem:
         dim=operands.down_EDF.shape[1],
         hidden=operands.down_EDF.shape[2],
         needs_grad=wanted and torch.is_grad_enabled(),
+        num_parts=spec.num_parts,
         activation=known_activation(spec.activation),
+        dropout=spec.dropout is not None,
         compiling=compiling,
         capturing=on_stream and torch.cuda.is_current_stream_capturing(),
     )
@@ -145,8 +161,11 @@ def _check_shapes(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> None:
-    if up.dim() not in (3, 4) or (up.dim() == 4 and up.shape[1] != 2):
-        raise ValueError(f"up must be (E, F, D), or (E, 2, F, D) if gated, got {tuple(up.shape)}")
+    if up.dim() not in (3, 4) or (up.dim() == 4 and up.shape[1] not in (2, 3)):
+        raise ValueError(
+            "up must be (E, F, D), (E, 2, F, D) if gated, or (E, 3, F, D) if doubly gated, "
+            f"got {tuple(up.shape)}"
+        )
     num_experts, hidden, dim = up.shape[0], up.shape[-2], up.shape[-1]
     if x_RD.dim() != 2 or x_RD.shape[1] != dim:
         raise ValueError(f"x must be (rows, dim={dim}), got {tuple(x_RD.shape)}")

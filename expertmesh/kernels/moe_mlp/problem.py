@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expertmesh.kernels.activations import Activation
 from expertmesh.kernels.backends import Backend
+from expertmesh.kernels.moe_mlp.dropout import HiddenDropout
 
 
 @dataclass(frozen=True)
@@ -16,29 +17,33 @@ class MLPSpec:
 
     Attributes:
         activation: Elementwise function.
-        gated: Whether the up projection holds gate and up one after the other.
+        num_parts: P, how many projections are multiplied into the hidden units: 1, 2 if gated, 3 if
+            doubly gated.
         out_dtype: The output's dtype.
         sum_dtype: What the sum over choices and the weights' gradient accumulate in.
+        dropout: Of hidden units, or None.
     """
 
     activation: Activation
-    gated: bool
+    num_parts: int
     out_dtype: torch.dtype
     sum_dtype: torch.dtype
+    dropout: HiddenDropout | None = None
 
 
 @dataclass(frozen=True)
 class MLPOperands:
-    """Tensors in the dtype of the matrix products; H is F, or 2 F with the gate first.
+    """Tensors in the dtype of the matrix products; H is P F, the parts one after the other.
 
     Attributes:
         x_RD: Rows.
         expert_RK: Expert ids, E for a sentinel.
         weight_RK: Combine weights, float32 or wider.
-        up: First projection, ``(E, F, D)``, or ``(E, 2, F, D)`` of any strides if gated.
+        up: First projection, ``(E, F, D)``, or ``(E, P, F, D)`` of any strides.
         down_EDF: Second projection.
         up_bias: Bias of the first projection, ``up``'s shape without D, or None.
         down_bias_ED: Bias of the second projection, or None.
+        draw_R: int64 ``(R,)``, the rows' random numbers, where there is dropout.
     """
 
     x_RD: Tensor
@@ -48,6 +53,7 @@ class MLPOperands:
     down_EDF: Tensor
     up_bias: Tensor | None
     down_bias_ED: Tensor | None
+    draw_R: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -55,7 +61,7 @@ class MLPOperands:
 
     @property
     def up_EHD(self) -> Tensor:
-        """The first projection with gate and up flattened; a copy where strides forbid a view."""
+        """The first projection with its parts flattened; a copy where strides forbid a view."""
         return self.up.flatten(1, -2)
 
     @property

@@ -30,17 +30,20 @@ class ReferenceMLP(MLPBackend):
         for k in range(expert_RK.shape[1]):
             for e in range(operands.num_experts):
                 rows = (expert_RK[:, k] == e).nonzero().squeeze(1)
-                out = _expert(operands, spec, x_RD[rows], e)
+                out = _expert(operands, spec, rows, e)
                 weighted = out.to(spec.sum_dtype) * weight_RK[rows, k].unsqueeze(1)
                 y_RD = y_RD.index_add(0, rows, weighted)
         return y_RD.to(spec.out_dtype)
 
 
-def _expert(operands: MLPOperands, spec: MLPSpec, x_ND: Tensor, e: int) -> Tensor:
-    pre_NH = x_ND @ operands.up_EHD[e].T
+def _expert(operands: MLPOperands, spec: MLPSpec, rows: Tensor, e: int) -> Tensor:
+    pre_NH = operands.x_RD[rows] @ operands.up_EHD[e].T
     if operands.up_bias_EH is not None:
         pre_NH = pre_NH + operands.up_bias_EH[e]
-    out_ND = hidden_units(spec.activation, pre_NH, spec.gated) @ operands.down_EDF[e].T
+    hidden_NF = hidden_units(spec.activation, pre_NH, spec.num_parts)
+    if spec.dropout is not None and operands.draw_R is not None:
+        hidden_NF = hidden_NF * spec.dropout.factor(operands.draw_R[rows], e, hidden_NF)
+    out_ND = hidden_NF @ operands.down_EDF[e].T
     if operands.down_bias_ED is not None:
         out_ND = out_ND + operands.down_bias_ED[e]
     return out_ND
