@@ -1,6 +1,8 @@
 """Run the tests that need a GPU and keep what came of them.
 
 python benchmarks/gpu_tests.py
+
+What follows is passed on to pytest.
 """
 
 import sys
@@ -27,7 +29,7 @@ class Tally:
 def main() -> int:
     """Run, write, and pass pytest's status on."""
     tally = Tally()
-    status = pytest.main(["-m", "gpu", "-q", "tests/gpu"], plugins=[tally])
+    status = pytest.main(["-m", "gpu", "-q", "tests/gpu", *sys.argv[1:]], plugins=[tally])
     path = save("gpu_tests", {"tests": tally.counts, "failures": tally.failures})
     print(f"written to {path}")
     return int(status)

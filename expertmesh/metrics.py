@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.router import counts_few, router_count
+from expertmesh.kernels.router import counts, router_count
 from expertmesh.recompute import is_recompute
 from expertmesh.routing import Routing
 
@@ -19,7 +19,7 @@ POSITION_BINS = 16
 """Bins of the relative position in a sequence over which drops are counted."""
 
 COUNTERS = ("load", "choices", "dropped", "tokens", "entropy", "max_logit")
-"""In the order in which one launch takes them."""
+"""In the order in which the kernel takes them."""
 
 DEAD_BELOW = 0.1
 """An expert with less than this part of its fair share counts as dead."""
@@ -80,7 +80,7 @@ class RoutingMeter:
             self._counters = self._zeros(routing.load_E.device)
         counters = self._counters
         plain = padding_mask is None and part == (0, 1) and routing.token_N is None
-        if plain and routing.logits_TE is not None and counts_few(routing.logits_TE):
+        if plain and routing.logits_TE is not None and counts(routing.logits_TE):
             router_count(
                 routing.logits_TE,
                 routing.chosen_TK,

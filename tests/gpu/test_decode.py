@@ -36,10 +36,10 @@ def assert_decodes(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize(("gated", "bias"), [(1, False), (1, True), (0, True), (2, True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(
-    shape: dict[str, int], gated: bool, bias: bool, dtype: torch.dtype
+    shape: dict[str, int], gated: int, bias: bool, dtype: torch.dtype
 ) -> None:
     assert_decodes(make_case(**shape, gated=gated, bias=bias, dtype=dtype).to(device="cuda"))
 

@@ -75,6 +75,23 @@ def test_shipped_plans(name: str) -> None:
     assert_equal_to_reference(case.to(device="cuda"), "triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_by_turns(gated: bool, dtype: torch.dtype) -> None:
+    """Wide enough for turns in every product; experts of one row and of none, sentinels."""
+    case = make_case(900, 256, 512, 6, 2, bias=False, gated=gated, dtype=dtype, sentinels=0.1)
+    case.expert[case.expert == 3] = 0
+    case.expert[5, 0] = 3
+    case.expert[case.expert == 5] = 4
+    assert_equal_to_reference(case.to(device="cuda"), "triton", TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_activations_by_turns(activation: str) -> None:
+    case = make_case(900, 128, 512, 3, 2, activation=activation, dtype=torch.bfloat16)
+    assert_equal_to_reference(case.to(device="cuda"), "triton")
+
+
 def test_layout_of_many_rows() -> None:
     expert_RK = torch.randint(0, 97, (40_000, 8), device="cuda")
     layout = make_layout(expert_RK, 96, 128)

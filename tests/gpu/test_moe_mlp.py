@@ -26,16 +26,16 @@ def cuda_case(dtype: torch.dtype, **shape: object) -> Case:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [0, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32(backend: str, gated: bool, shape: dict[str, object]) -> None:
+def test_float32(backend: str, gated: int, shape: dict[str, object]) -> None:
     assert_equal_to_reference(cuda_case(torch.float32, gated=gated, **shape), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [0, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16(backend: str, gated: bool, shape: dict[str, object]) -> None:
+def test_bfloat16(backend: str, gated: int, shape: dict[str, object]) -> None:
     assert_equal_to_reference(cuda_case(torch.bfloat16, gated=gated, **shape), backend)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.router import (
+    router_balance,
     router_choose,
     router_count,
     router_gates,
@@ -222,6 +223,7 @@ def test_a_router_is_the_same_by_kernels(
 
     expected, gradients = run()
     monkeypatch.setattr(topk, "serves", lambda x_TD, weight_ED: True)
+    monkeypatch.setattr("expertmesh.routing.losses.counts", lambda score_TE: True)
     actual, by_kernels = run()
     for field in ("chosen_TK", "expert_TK", "load_E", "dropped_TK"):
         assert torch.equal(getattr(actual, field), getattr(expected, field)), field
@@ -234,9 +236,10 @@ def test_a_router_is_the_same_by_kernels(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "num_experts", "k", "length"), [(1, 4, 2, None), (40, 16, 8, 20), (7, 6, 1, None)]
+    ("tokens", "num_experts", "k", "length"),
+    [(1, 4, 2, None), (40, 16, 8, 20), (7, 6, 1, None), (330, 40, 3, 33)],
 )
-def test_counters_in_one_launch(tokens: int, num_experts: int, k: int, length: int | None) -> None:
+def test_counters_by_kernels(tokens: int, num_experts: int, k: int, length: int | None) -> None:
     router = TopKRouter(8, num_experts, k, seed=0, capacity=Capacity(factor=1.0))
     one_by_one = RoutingMeter(num_experts)
     counters = one_by_one._zeros(torch.device("cpu"))
@@ -254,3 +257,23 @@ def test_counters_in_one_launch(tokens: int, num_experts: int, k: int, length: i
         )
     for name, metric in one_by_one.read().items():
         assert_close(name, counters[name], metric.value, 1e-5 if name == "entropy" else None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "k", "size"), [(1, 4, 2, 1), (40, 6, 1, 20), (300, 5, 3, 300)]
+)
+def test_load_times_probability(tokens: int, num_experts: int, k: int, size: int) -> None:
+    score = normal(tokens, num_experts, seed=8).exp().requires_grad_()
+    chosen = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)])
+    chosen[::4, -1] = num_experts
+    wide = score.detach().double().requires_grad_()
+    share = torch.nn.functional.one_hot(chosen, num_experts + 1)[..., :num_experts].sum(1)
+    groups = (-1, size, num_experts)
+    mean = (wide / wide.sum(1, keepdim=True)).view(groups).mean(1)
+    expected = (share.double().view(groups).mean(1) * mean).sum(1)
+    got = router_balance(score, chosen, size)
+    assert_close("product", got, expected.float(), 1e-6)
+    grad = normal(len(expected), seed=9)
+    (dscore,) = torch.autograd.grad(got, score, grad)
+    (exact,) = torch.autograd.grad(expected, wide, grad.double())
+    assert_close("dscore", dscore, exact.float(), 1e-5)

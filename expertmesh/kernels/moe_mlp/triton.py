@@ -35,6 +35,10 @@ class TritonMLP(MLPBackend):
     def refusal(self, problem: Problem) -> str | None:
         if problem.activation not in ACTIVATIONS:
             return f"its activations are {', '.join(ACTIVATIONS)}"
+        if problem.dropout:
+            return "it drops no hidden units"
+        if problem.num_parts > 2:
+            return "it has no doubly gated product"
         if problem.dtype not in DTYPES:
             return f"it takes bfloat16, float16 and float32, not {problem.dtype}"
         if problem.num_experts > _MOST_EXPERTS:
@@ -53,9 +57,9 @@ class TritonMLP(MLPBackend):
         return _FusedFunction.apply(
             operands.x_RD,
             operands.weight_RK,
-            up if spec.gated else up.unsqueeze(1),
+            up if spec.num_parts > 1 else up.unsqueeze(1),
             operands.down_EDF,
-            up_bias if spec.gated or up_bias is None else up_bias.unsqueeze(1),
+            up_bias if spec.num_parts > 1 or up_bias is None else up_bias.unsqueeze(1),
             operands.down_bias_ED,
             operands.expert_RK,
             spec,

@@ -1,7 +1,8 @@
 """The dense part of a router: logits, scores, the k best, gates, counters."""
 
 from expertmesh.kernels.router.op import (
-    counts_few,
+    counts,
+    router_balance,
     router_choose,
     router_count,
     router_gates,
@@ -11,7 +12,8 @@ from expertmesh.kernels.router.op import (
 )
 
 __all__ = [
-    "counts_few",
+    "counts",
+    "router_balance",
     "router_choose",
     "router_count",
     "router_gates",

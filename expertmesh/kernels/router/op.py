@@ -74,14 +74,17 @@ def router_gates(
     return results
 
 
-def counts_few(logits_TE: Tensor) -> bool:
-    """Whether ``router_count`` is for these logits: few tokens, float32 on CUDA."""
+def counts(table_TE: Tensor) -> bool:
+    """Whether ``router_count`` and ``router_balance`` are for these logits or scores.
+
+    float32 on CUDA, and not nothing.
+    """
     return (
-        logits_TE.device.type == "cuda"
-        and logits_TE.dtype == torch.float32
-        and 0 < len(logits_TE) <= _FEW_TOKENS
-        and logits_TE.numel() <= _FEW_TOKENS * _MOST_EXPERTS // 8
-        and triton_refusal(logits_TE.device) is None
+        table_TE.device.type == "cuda"
+        and table_TE.dtype == torch.float32
+        and len(table_TE) > 0
+        and table_TE.shape[1] <= _MOST_EXPERTS
+        and triton_refusal(table_TE.device) is None
     )
 
 
@@ -93,7 +96,7 @@ def router_count(
     counters: list[Tensor],
     length: int,
 ) -> None:
-    """Add one pass to a layer's counters, in one launch.
+    """Add one pass to a layer's counters, in one or two launches.
 
     Args:
         logits_TE: Router logits.
@@ -107,7 +110,25 @@ def router_count(
     torch.ops.expertmesh.router_count(logits_TE, chosen_TK, dropped_TK, load_E, counters, length)
 
 
+def router_balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> Tensor:
+    """``sum_e f_e P_e`` of each ``size`` consecutive tokens: choices of e times mean probability.
+
+    Args:
+        score_TE: float32; divided by their sum they are probabilities.
+        chosen_TK: int64, E where nothing was chosen; f carries no gradient.
+        size: Tokens of a group; divides T.
+
+    Returns:
+        ``(T / size,)``, differentiable.
+    """
+    product_G: Tensor = torch.ops.expertmesh.router_balance(score_TE, chosen_TK, size)[0]
+    return product_G
+
+
 _SCHEMAS = {
+    "router_balance": "(Tensor score, Tensor chosen, int size) -> (Tensor, Tensor)",
+    "router_balance_backward": "(Tensor score, Tensor fraction, Tensor dproduct, int size)"
+    " -> Tensor",
     "router_count": "(Tensor logits, Tensor chosen, Tensor dropped, Tensor load,"
     " Tensor(a!)[] counters, int length) -> ()",
     "router_logits": "(Tensor x, Tensor weight) -> Tensor",
@@ -359,3 +380,49 @@ def _count(
         counters,
         length,
     )
+
+
+@_fake("router_balance")
+def _empty_balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    T, E = score_TE.shape
+    return score_TE.new_empty(T // size), score_TE.new_empty(T // size, E)
+
+
+@_implement("router_balance")
+def _balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    from expertmesh.kernels.router.balance import balance
+
+    if chosen_TK.stride(1) != 1:
+        chosen_TK = chosen_TK.contiguous()
+    return balance(score_TE.contiguous(), chosen_TK, size)
+
+
+@_fake("router_balance_backward")
+def _empty_balance_backward(
+    score_TE: Tensor, fraction_GE: Tensor, dproduct_G: Tensor, size: int
+) -> Tensor:
+    return torch.empty_like(score_TE, memory_format=torch.contiguous_format)
+
+
+@_implement("router_balance_backward")
+def _balance_backward(
+    score_TE: Tensor, fraction_GE: Tensor, dproduct_G: Tensor, size: int
+) -> Tensor:
+    from expertmesh.kernels.router.balance import balance_backward
+
+    return balance_backward(score_TE.contiguous(), fraction_GE, dproduct_G.contiguous(), size)
+
+
+def _save_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.size = inputs[2]
+
+
+def _differentiate_balance(ctx: Any, dproduct_G: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    backward = torch.ops.expertmesh.router_balance_backward
+    return backward(*ctx.saved_tensors, dproduct_G, ctx.size), None, None
+
+
+torch.library.register_autograd(
+    "expertmesh::router_balance", _differentiate_balance, setup_context=_save_balance
+)

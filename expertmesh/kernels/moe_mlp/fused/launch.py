@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from expertmesh.kernels.moe_mlp.fused.dhidden import dhidden_kernel
 from expertmesh.kernels.moe_mlp.fused.dweight import dweight_kernel
 from expertmesh.kernels.moe_mlp.fused.metadata import Layout
-from expertmesh.kernels.moe_mlp.fused.plan import Tile
+from expertmesh.kernels.moe_mlp.fused.plan import Tile, Turns
 from expertmesh.kernels.moe_mlp.fused.rows import rows_kernel
 from expertmesh.kernels.moe_mlp.fused.sums import (
     expert_sum_kernel,
@@ -66,7 +66,7 @@ def up_project(
 
 
 def multiply_rows(
-    rows_NI: Tensor, weight: Tensor, layout: Layout, tile: Tile | None, *, transposed: bool
+    rows_NI: Tensor, weight: Tensor, layout: Layout, tile: Tile | Turns | None, *, transposed: bool
 ) -> Tensor:
     """Each grouped row times its expert's matrix.
 
@@ -84,6 +84,13 @@ def multiply_rows(
         matrix = weight.flatten(1, 2)
         matrix = matrix.mT if transposed else matrix
         return torch.nn.functional.grouped_mm(rows_NI, matrix, offs=layout.offset_E1[1:])
+    if isinstance(tile, Turns):
+        from expertmesh.kernels.moe_mlp.fused import launch_turns
+
+        num_sms = _num_sms(rows_NI.device)
+        return launch_turns.multiply_rows(
+            rows_NI, weight, layout, tile, num_sms, transposed=transposed
+        )
     parts, inner, outer = weight.shape[1:]
     if transposed:
         inner, outer = outer, inner
@@ -117,9 +124,22 @@ def hidden_gradient(
     pre_NH: Tensor,
     layout: Layout,
     activation: str,
-    tile: Tile,
+    tile: Tile | Turns,
+    *,
+    dy_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the pre-activation, weighted hidden units, shares of the weights' gradient."""
+    """Gradient of the pre-activation, weighted hidden units, shares of the weights' gradient.
+
+    ``dy_ND`` holds the grouped rows of ``dy_RD``, which ``Turns`` read.
+    """
+    if isinstance(tile, Turns):
+        from expertmesh.kernels.moe_mlp.fused import launch_turns
+
+        num_sms = _num_sms(dy_RD.device)
+        assert dy_ND is not None
+        return launch_turns.hidden_gradient(
+            dy_ND, down_EDF, weight_RK, pre_NH, layout, activation, tile, num_sms
+        )
     num_experts, dim, hidden = down_EDF.shape
     num_assignments = len(pre_NH)
     dpre_NH = torch.empty_like(pre_NH)
@@ -167,6 +187,7 @@ def weight_gradient(
     tile: Tile | None,
     *,
     flipped: bool,
+    gathered_NO: Tensor | None = None,
 ) -> Tensor:
     """Each expert's ``rows^T by_token``.
 
@@ -178,12 +199,14 @@ def weight_gradient(
         like: The matrices, ``(E, P, H / P, O)`` of any strides, or if ``flipped`` ``(E, O, H)``.
         tile: None for torch's ``grouped_mm`` over a gathered copy.
         flipped: How the matrices stand.
+        gathered_NO: The gathered copy, if there is one already.
 
     Returns:
         The gradient in the shape of ``like``; zero for an expert without rows.
     """
     if tile is None:
-        gathered_NO = gather(by_token_RO, layout, choices)
+        if gathered_NO is None:
+            gathered_NO = gather(by_token_RO, layout, choices)
         left, right = (gathered_NO, rows_NH) if flipped else (rows_NH, gathered_NO)
         grouped_mm = torch.nn.functional.grouped_mm
         return grouped_mm(left.t(), right, offs=layout.offset_E1[1:]).view(like.shape)

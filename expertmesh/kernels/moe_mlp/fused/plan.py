@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ SHIPPED = Path(__file__).with_name("h200.json")
 
 _MANY_ROWS = 64  # per expert; below, tiles of 128 rows are mostly empty
 _WIDE_SUM = 2048  # columns from which a gathered copy costs less than gathering in the product
+_WIDE_TURNS = 512  # hidden units from which a gathered copy of the output's gradient pays
+_GLUON = "3.6."  # whose language the kernels by turns are written in; it is not stable yet
 _MOST_GROUPS = 1024  # where grouped_mm leaves its fast path
 
 
@@ -50,10 +53,30 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """How two warpgroups take turns in a product of grouped rows (Gluon).
+
+    Attributes:
+        group: Row tiles that sweep the columns together.
+        stages: Steps in flight.
+        columns: Columns of the output tile.
+        depth: Elements of the summed dim per step.
+        rows: Rows of the output tile.
+    """
+
+    group: int = 4
+    stages: int = 6
+    columns: int = 128
+    depth: int = 64
+    rows: int = 128
+
+
+@dataclass(frozen=True)
 class Plan:
     """One tile for each product; None leaves it to ``torch.nn.functional.grouped_mm``.
 
-    A gradient of matrices that is left to it costs a gathered copy of the rows.
+    A gradient of matrices that is left to it costs a gathered copy of the rows; so does the
+    pre-activation's by turns, and the down projection's gradient then shares the copy.
 
     Attributes:
         rows: Rows of a tile of grouped rows.
@@ -67,9 +90,9 @@ class Plan:
 
     rows: int
     up: Tile
-    down: Tile | None
-    dhidden: Tile
-    dx: Tile | None
+    down: Tile | Turns | None
+    dhidden: Tile | Turns
+    dx: Tile | Turns | None
     dup: Tile | None
     ddown: Tile | None
 
@@ -83,6 +106,7 @@ def plan_for(
     dim: int,
     hidden: int,
     parts: int,
+    packed: bool,
 ) -> Plan:
     """The plan of a shape: the rule's, with what was measured for it on this device put in.
 
@@ -94,13 +118,20 @@ def plan_for(
         dim: D.
         hidden: F.
         parts: 2 for gated experts, else 1.
+        packed: Whether the up projection's matrices lie in memory without gaps.
     """
     rows = 128 if num_assignments >= _MANY_ROWS * num_experts else 64
     plan = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
+    whole = dim % Turns.columns == 0 and hidden % Turns.columns == 0
+    narrow = rows == Turns.rows and dtype.itemsize == 2
+    turns = narrow and whole and packed and takes_turns(device)
+    if turns:
+        plan = by_turns(plan, dtype, hidden)
     if rows == 128 and dtype == torch.bfloat16 and parts == 2 and device.type == "cuda":
         measured = _shipped(_device_name(device.index)).get(f"{dim}x{hidden}", {})
         tiles: dict[str, Any] = {name: _tile(fields) for name, fields in measured.items()}
-        plan = replace(plan, **tiles)
+        able = {name: t for name, t in tiles.items() if turns or not isinstance(t, Turns)}
+        plan = replace(plan, **able)
     if num_experts >= _MOST_GROUPS:
         sums = default_plan(torch.float16, rows, dim=dim, hidden=hidden, parts=parts)
         plan = replace(plan, dup=plan.dup or sums.dup, ddown=plan.ddown or sums.ddown)
@@ -138,6 +169,26 @@ def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts:
     )
 
 
+def by_turns(plan: Plan, dtype: torch.dtype, hidden: int) -> Plan:
+    """The plan with turns where they won: on every shape measured, but for narrow experts.
+
+    Narrow experts have more rows to copy for each number that is computed from them.
+    """
+    plan = replace(plan, down=Turns(), dx=Turns())
+    if hidden >= _WIDE_TURNS:
+        ddown = None if dtype == torch.bfloat16 else plan.ddown
+        plan = replace(plan, dhidden=Turns(), ddown=ddown)
+    return plan
+
+
+@cache
+def takes_turns(device: torch.device) -> bool:
+    """Whether the kernels by turns run: on compute capability 9.0, by the Gluon of Triton 3.6."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return metadata.version("triton").startswith(_GLUON)
+
+
 def _fit(width: int, most: int) -> int:
     """The power of two that covers a width, from 64 to ``most``."""
     return min(most, max(64, 1 << (width - 1).bit_length()))
@@ -157,5 +208,7 @@ def _shipped(device_name: str) -> dict[str, dict[str, Any]]:
     return known
 
 
-def _tile(fields: dict[str, Any] | None) -> Tile | None:
-    return None if fields is None else Tile(**fields)
+def _tile(fields: dict[str, Any] | None) -> Tile | Turns | None:
+    if fields is None:
+        return None
+    return Turns(**fields["turns"]) if "turns" in fields else Tile(**fields)

@@ -1,18 +1,22 @@
 """Forward and backward over the fused kernels; the dataflow of SonicMoE (arXiv 2512.14080).
 
 Kept between the two are x, the combine weights, the pre-activation and small int32 tables. The
-hidden units are computed again from the pre-activation, and neither the experts' outputs nor
-gathered copies of x or of the output's gradient exist.
+hidden units are computed again from the pre-activation, and the experts' outputs are not kept;
+gathered copies of x or of the output's gradient live for a product or two where that is faster.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from expertmesh.kernels.moe_mlp.fused import launch
 from expertmesh.kernels.moe_mlp.fused.metadata import Layout, empty_layout, make_layout
-from expertmesh.kernels.moe_mlp.fused.plan import Plan, plan_for
+from expertmesh.kernels.moe_mlp.fused.plan import Plan, Turns, plan_for
+
+_known_plan = cache(plan_for)
+"""Which a layer asks twice a step."""
 
 
 def forward(
@@ -98,8 +102,10 @@ def backward(
     wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = wanted
     num_experts, choices = len(down_EDF), weight_RK.shape[1]
     dx = dweight = dup = ddown = dup_bias = ddown_bias = x_RD.new_empty(0)
+    by_turns = isinstance(plan.dhidden, Turns)
+    dy_ND = launch.gather(dy_RD, layout, choices) if by_turns else None
     dpre_NH, hidden_NF, share_NB = launch.hidden_gradient(
-        dy_RD, down_EDF, weight_RK, pre_NH, layout, activation, plan.dhidden
+        dy_RD, down_EDF, weight_RK, pre_NH, layout, activation, plan.dhidden, dy_ND=dy_ND
     )
     if wants_weight:
         dweight = launch.sum_shares(share_NB, layout.inverse_N, torch.empty_like(weight_RK))
@@ -107,9 +113,9 @@ def backward(
             dweight += _bias_share(dy_RD, down_bias_ED, layout, choices).to(dweight.dtype)
     if wants_down:
         ddown = launch.weight_gradient(
-            hidden_NF, dy_RD, layout, choices, down_EDF, plan.ddown, flipped=True
+            hidden_NF, dy_RD, layout, choices, down_EDF, plan.ddown, flipped=True, gathered_NO=dy_ND
         )
-    del hidden_NF
+    del hidden_NF, dy_ND
     if wants_x:
         dx_ND = launch.multiply_rows(dpre_NH, up_EPFD, layout, plan.dx, transposed=False)
         dx = launch.sum_choices(dx_ND, layout.inverse_N, torch.empty_like(x_RD))
@@ -142,12 +148,13 @@ def _bias_share(dy_RD: Tensor, bias_ED: Tensor, layout: Layout, choices: int) ->
 
 def _plan(x_RD: Tensor, assignments: Tensor, up_EPFD: Tensor) -> Plan:
     num_experts, parts, hidden, dim = up_EPFD.shape
-    return plan_for(
-        x_RD.device,
-        x_RD.dtype,
-        num_experts=num_experts,
-        num_assignments=assignments.numel(),
-        dim=dim,
-        hidden=hidden,
-        parts=parts,
-    )
+    sizes = {
+        "num_experts": num_experts,
+        "num_assignments": assignments.numel(),
+        "dim": dim,
+        "hidden": hidden,
+        "parts": parts,
+    }
+    traced = any(isinstance(size, torch.SymInt) for size in sizes.values())
+    find = plan_for if traced else _known_plan  # a symbol cannot be looked up
+    return find(x_RD.device, x_RD.dtype, **sizes, packed=up_EPFD.is_contiguous())

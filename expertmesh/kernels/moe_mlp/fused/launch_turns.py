@@ -1,0 +1,90 @@
+"""Starts the kernels whose warpgroups take turns."""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from expertmesh.kernels.moe_mlp.fused.dhidden_turns import dhidden_turns_kernel
+from expertmesh.kernels.moe_mlp.fused.metadata import Layout
+from expertmesh.kernels.moe_mlp.fused.plan import Turns
+from expertmesh.kernels.moe_mlp.fused.turns import rows_turns_kernel
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_WARPS, _REGISTERS = 4, 168
+"""Of a warpgroup; per thread when three of them start, before they trade."""
+
+
+def multiply_rows(
+    rows_NI: Tensor, weight: Tensor, layout: Layout, turns: Turns, num_sms: int, *, transposed: bool
+) -> Tensor:
+    """As ``launch.multiply_rows``, of matrices without gaps."""
+    parts, inner, outer = weight.shape[1:]
+    if transposed:
+        inner, outer = outer, inner
+    cut = [turns.columns, turns.depth] if transposed else [turns.depth, turns.columns]
+    out_NO = rows_NI.new_empty(len(rows_NI), outer)
+    rows_turns_kernel[(num_sms,)](
+        _descriptor(rows_NI, [turns.rows, turns.depth]),
+        _descriptor(weight.view(-1, weight.shape[-1]), cut),
+        layout.tile_P3,
+        layout.num_tiles_1,
+        out_NO,
+        parts * inner,
+        outer,
+        transposed,
+        turns.stages,
+        turns.group,
+        num_warps=_WARPS,
+        maxnreg=_REGISTERS,
+    )
+    return out_NO
+
+
+def hidden_gradient(
+    dy_ND: Tensor,
+    down_EDF: Tensor,
+    weight_RK: Tensor,
+    pre_NH: Tensor,
+    layout: Layout,
+    activation: str,
+    turns: Turns,
+    num_sms: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``launch.hidden_gradient``, of grouped rows."""
+    num_experts, dim, hidden = down_EDF.shape
+    num_assignments = len(pre_NH)
+    dpre_NH = torch.empty_like(pre_NH)
+    hidden_NF = pre_NH.new_empty(num_assignments, hidden)
+    blocks = triton.cdiv(hidden, turns.columns)
+    share_NB = pre_NH.new_empty(num_assignments, blocks, dtype=torch.float32)
+    dhidden_turns_kernel[(num_sms,)](
+        _descriptor(dy_ND, [turns.rows, turns.depth]),
+        _descriptor(down_EDF.view(-1, hidden), [turns.depth, turns.columns]),
+        weight_RK,
+        layout.order_N,
+        layout.offset_E1,
+        layout.tile_P3,
+        layout.num_tiles_1,
+        pre_NH,
+        dpre_NH,
+        hidden_NF,
+        share_NB,
+        num_assignments,
+        num_experts,
+        dim,
+        hidden,
+        pre_NH.shape[1] // hidden,
+        activation,
+        turns.stages,
+        turns.group,
+        num_warps=_WARPS,
+        maxnreg=_REGISTERS,
+    )
+    return dpre_NH, hidden_NF, share_NB
+
+
+def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, block, layout)
