@@ -21,8 +21,6 @@ fi
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export RDZV_HOST=${nodes%%$'\n'*}
 export RDZV_PORT=$((20000 + SLURM_JOB_ID % 20000))
-# Ranks that start again must not find the addresses of those before them in torchrun's store.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export NPROC=${SLURM_GPUS_ON_NODE:-1}
 
 # The inner quotes are opened on each node, where SLURM_NODEID is that node's number.

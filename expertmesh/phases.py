@@ -95,8 +95,10 @@ class _TimedDispatcher(Dispatcher):
     def __init__(self, inner: Dispatcher, name: str, times: PhaseTimes) -> None:
         self._inner, self._name, self._times = inner, name, times
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        return self._timed("dispatch", x_TD.device, lambda: self._inner.dispatch(x_TD, routing))
+    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None = None) -> Dispatched:
+        return self._timed(
+            "dispatch", x_TD.device, lambda: self._inner.dispatch(x_TD, routing, draw_T)
+        )
 
     def combine(self, y_RD: Tensor, context: Any) -> Tensor:
         return self._timed("combine", y_RD.device, lambda: self._inner.combine(y_RD, context))

@@ -5,8 +5,9 @@ returns its input. Sums over ranks run in a fixed order where the order is ours 
 ``all_gather``); those of all-reduce and reduce-scatter are the library's.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -25,8 +26,9 @@ class Traffic:
     """Bytes that left this rank, by kind of collective.
 
     Attributes:
-        bytes_sent: For ``"all_to_all"`` and the like; what a rank keeps to itself is not counted.
-            Of an all-reduce and a reduce-scatter the size that a ring sends is counted.
+        bytes_sent: For ``"all_to_all"`` and the like, and for the numbers that ranks tell each
+            other beforehand (``"counts"``, ``"sizes"``); not what a rank keeps to itself. Of an
+            all-reduce and a reduce-scatter the size that a ring sends is counted.
     """
 
     bytes_sent: Counter[str] = field(default_factory=Counter)
@@ -46,7 +48,9 @@ class Group:
         process_group: torch's; None for a single rank.
         device_type: Where tensors must be to be sent.
         timeout: After which a rank that waits for another gives up; None is torch's default.
+        name: What its ranks call it, and no other group.
         traffic: What this rank sent over this group.
+        agreements: Numbers what the ranks make to agree with each other.
     """
 
     ranks: tuple[int, ...]
@@ -54,7 +58,9 @@ class Group:
     process_group: dist.ProcessGroup | None
     device_type: str = "cpu"
     timeout: timedelta | None = None
+    name: str = ""
     traffic: Traffic = field(default_factory=Traffic)
+    agreements: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def size(self) -> int:
@@ -200,6 +206,7 @@ def gather_sizes(size: int, group: Group) -> list[int]:
     sizes = torch.empty(group.size, dtype=torch.int64, device=group.device)
     own = torch.tensor([size], device=group.device)
     _gather_single(sizes, own, group=group.process_group)
+    group.traffic.add("sizes", (group.size - 1) * own.element_size())
     return sizes.tolist()
 
 

@@ -18,12 +18,14 @@ class Dispatched:
         expert_RK: int64 ``(R, K)``; the sentinel E where a choice is not this rank's to carry out.
         weight_RK: ``(R, K)``, zero at sentinels.
         context: What ``combine`` needs to bring the rows home.
+        draw_R: int64 ``(R,)``, the random number of each row's token, if there are any.
     """
 
     x_RD: Tensor
     expert_RK: Tensor
     weight_RK: Tensor
     context: Any
+    draw_R: Tensor | None = None
 
 
 class Dispatcher(ABC):
@@ -33,8 +35,14 @@ class Dispatcher(ABC):
     """
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """Send each token once to each rank that holds one of its experts."""
+    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None = None) -> Dispatched:
+        """Send each token once to each rank that holds one of its experts.
+
+        Args:
+            x_TD: ``(T, D)``.
+            routing: Where to.
+            draw_T: int64 ``(T,)``, a random number of each token that goes with it, or None.
+        """
 
     @abstractmethod
     def combine(self, y_RD: Tensor, context: Any) -> Tensor:

@@ -9,9 +9,9 @@ from expertmesh.routing import Routing
 class LocalDispatcher(Dispatcher):
     """The identity, for one rank."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None = None) -> Dispatched:
         """Rows are tokens."""
-        return Dispatched(x_TD, routing.expert_TK, routing.weight_TK, None)
+        return Dispatched(x_TD, routing.expert_TK, routing.weight_TK, None, draw_T)
 
     def combine(self, y_RD: Tensor, context: None) -> Tensor:
         """Tokens are rows."""

@@ -6,7 +6,14 @@ from torch import Tensor
 from expertmesh.dispatch.collectives import Group, gather_sizes
 from expertmesh.dispatch.dispatcher import Dispatched, Dispatcher
 from expertmesh.dispatch.expert_ranks import ExpertRanks
-from expertmesh.dispatch.transport import Plan, return_rows, send_ids, send_tokens
+from expertmesh.dispatch.transport import (
+    Plan,
+    return_rows,
+    row_dtype,
+    send_draws,
+    send_ids,
+    send_tokens,
+)
 from expertmesh.errors import UserError
 from expertmesh.kernels.grouping import Grouping, group_by_expert
 from expertmesh.routing import Routing
@@ -28,14 +35,19 @@ class StaticDispatcher(Dispatcher):
         group: The ``(ep, etp)`` ranks, slices innermost.
         num_experts: E.
         etp: Slices of each expert.
+        rounded: Whether the experts round what comes to autocast's dtype before all else. Then it
+            travels rounded; otherwise, and without autocast, in the tokens' dtype.
     """
 
-    def __init__(self, group: Group, num_experts: int, etp: int = 1) -> None:
+    def __init__(
+        self, group: Group, num_experts: int, etp: int = 1, *, rounded: bool = False
+    ) -> None:
         self.group = group
+        self.rounded = rounded
         self.ranks = ExpertRanks(num_experts, group.size // etp, etp)
         self._slots: int | None = None
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, routing: Routing, draw_T: Tensor | None = None) -> Dispatched:
         """See ``Dispatcher.dispatch``. Ids come out as those of this rank's L experts.
 
         Raises:
@@ -43,18 +55,19 @@ class StaticDispatcher(Dispatcher):
                 agreed on.
         """
         with torch.no_grad():
-            plan = self._plan(routing)
+            plan = self._plan(routing, x_TD)
             id_RK = send_ids(routing.expert_TK, self.ranks.num_experts, plan)
             id_RK = self.ranks.localize(id_RK, self.group.index)
+            draw_R = None if draw_T is None else send_draws(draw_T, plan)
         x_RD, weight_RK = send_tokens(x_TD, routing.weight_TK, plan)
         weight_RK = torch.where(id_RK < self.ranks.num_local, weight_RK, 0)
-        return Dispatched(x_RD, id_RK, weight_RK, plan)
+        return Dispatched(x_RD, id_RK, weight_RK, plan, draw_R)
 
     def combine(self, y_RD: Tensor, context: Plan) -> Tensor:
         """See ``Dispatcher.combine``."""
         return return_rows(y_RD, context)
 
-    def _plan(self, routing: Routing) -> Plan:
+    def _plan(self, routing: Routing, x_TD: Tensor) -> Plan:
         num_tokens = len(routing.expert_TK)
         slots = self._agreed_slots(routing)
         grouping = group_by_expert(self.ranks.destinations(routing.expert_TK), self.ranks.num_ranks)
@@ -75,7 +88,8 @@ class StaticDispatcher(Dispatcher):
         empty_S = token_S == num_tokens
         parts = [slots] * self.ranks.num_ranks
         token_S = token_S.clamp_max(max(num_tokens - 1, 0))
-        return Plan(token_S, empty_S, rows, parts, parts, self.group)
+        dtype = row_dtype(x_TD, rounded=self.rounded)
+        return Plan(token_S, empty_S, rows, parts, parts, self.group, x_TD.dtype, dtype)
 
     def _agreed_slots(self, routing: Routing) -> int:
         most = routing.most_per_expert

@@ -95,11 +95,6 @@ class Job:
             MARK: f"{self.rendezvous.id}-{index}",
             "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"{RANK_MARK}${{rank}}{RANK_MARK}",
         }
-        if self.max_restarts:
-            # torchrun keeps one store through all restarts, where ranks that start again find the
-            # addresses of those before them (seen with torch 2.13). Without sharing, each start
-            # has its own.
-            settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if self.gpus is not None:
             settings["CUDA_VISIBLE_DEVICES"] = self.gpus
         return json.dumps(

@@ -1,11 +1,16 @@
 """Ranks that do something together: it is done on all of them, or fails alike on all of them."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store
 
 from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
@@ -24,8 +29,9 @@ class _Report(NamedTuple):
 class Agreement:
     """Some ranks that must agree, seen from one of them.
 
-    They talk over a gloo group of their own, made when first needed, so that a thread may use it
-    while the training uses the others. Its methods are called by all ranks in the same order.
+    They talk over connections of their own, made when first needed, so that a thread may use them
+    while the training uses the others. Agreements over a group are made, and the methods of each
+    are called, by all its ranks in the same order; ranks outside it take no part.
 
     Args:
         group: The ranks; None is this process alone, which agrees with itself.
@@ -33,7 +39,8 @@ class Agreement:
 
     def __init__(self, group: Group | None = None) -> None:
         self._group = Group.alone() if group is None else group
-        self._gloo: dist.ProcessGroup | None = None
+        self._number = next(self._group.agreements)
+        self._connections: dist.ProcessGroupGloo | None = None
 
     @property
     def index(self) -> int:
@@ -58,21 +65,35 @@ class Agreement:
         """
         if self.size == 1:
             return [value]
-        values: list[T | None] = [None] * self.size
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         try:
-            if self._gloo is None:
-                self._gloo = dist.new_group(
-                    list(self._group.ranks),
-                    timeout=self._group.timeout,
-                    backend="gloo",
-                    use_local_synchronization=True,
-                )
-            dist.all_gather_object(values, value, group=self._gloo)
+            sizes = self._gather(torch.tensor([len(own)]))
+            longest = int(torch.stack(sizes).max())
+            rows = self._gather(torch.cat([own, own.new_zeros(longest - len(own))]))
         except RuntimeError as error:
             raise RuntimeError(
                 f"the ranks lost each other ({error}); one of them has ended"
             ) from error
-        return values  # type: ignore[return-value]  # every place was filled
+        return [pickle.loads(bytes(row.numpy())) for row in rows]  # reads no further than it must
+
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        """One tensor of each rank, all of one shape."""
+        if self._connections is None:
+            self._connections = self._connect()
+        everyones = [torch.empty_like(own) for _ in range(self.size)]
+        self._connections.allgather([everyones], [own]).wait()  # type: ignore[attr-defined]  # has it
+        return everyones
+
+    def _connect(self) -> "dist.ProcessGroupGloo":
+        """Connections between these ranks.
+
+        Not ``dist.new_group``: it takes all ranks of the world, or names the group by the number of
+        groups that a rank is in already, which differs between ranks of meshes that overlap.
+        """
+        name = f"expertmesh/agreement/{self._group.name}/{self._number}"
+        store = dist.PrefixStore(name, _get_default_store())
+        timeout = self._group.timeout or default_pg_timeout
+        return dist.ProcessGroupGloo(store, self.index, self.size, timeout)
 
     @contextmanager
     def together(self) -> Iterator[None]:

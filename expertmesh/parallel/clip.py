@@ -44,7 +44,7 @@ def grad_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
         grad = _local_grad(param)
         if grad.numel():
             own = torch.linalg.vector_norm(grad, dtype=square.dtype).square()
-            square += own / _copies(param, mesh.grid.stage_size)
+            square += own / copies(param, mesh.grid.stage_size)
     if group.process_group is not None:
         dist.all_reduce(square, group=group.process_group)
     return square.sqrt()
@@ -60,8 +60,8 @@ def _local_grad(param: nn.Parameter) -> Tensor:
     return shard_of(param.grad).local
 
 
-def _copies(param: nn.Parameter, stage_size: int) -> int:
-    """On how many ranks of a stage the same numbers lie."""
+def copies(param: Tensor, stage_size: int) -> int:
+    """On how many ranks of a stage the same numbers lie; a plain tensor is on all of them."""
     if not is_sharded(param):
         return stage_size
     mesh = param.device_mesh  # type: ignore[attr-defined]  # of a DTensor

@@ -4,13 +4,20 @@ The formulas stand in the docstrings of ``memory`` and ``traffic``. They take ex
 loaded, with the tokens' choices spread over all of them, and drop nothing.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import comb
+from math import comb, prod
+from types import MappingProxyType
 
+from expertmesh.kernels.cross_entropy.chunked import LOGITS_AT_ONCE
 from expertmesh.models.config import DecoderConfig
+from expertmesh.models.experts import form_of
 from expertmesh.parallel.fake import FakeRank, Stored
 
 _ID = 4  # bytes of an expert's id on its way
+_COUNT = 4  # and of a number of rows
+_NUMBER = 4  # bytes of a number of the optimizer
+_COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "counts", "send")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,7 @@ class Work:
         wide: Bytes of a number between blocks, in norms and routers.
         narrow: Bytes of a number in matrix products: those of ``wide``, or 2 under autocast.
         recompute: Whether blocks are recomputed in backward.
+        optimizer: Its name: ``"adamw"`` or ``"adafactor"``.
     """
 
     config: DecoderConfig
@@ -42,6 +50,7 @@ class Work:
     wide: int = 4
     narrow: int = 4
     recompute: bool = False
+    optimizer: str = "adamw"
 
     @property
     def slice_len(self) -> int:
@@ -88,7 +97,8 @@ def memory(rank: FakeRank, work: Work) -> dict[str, int]:
     - ``rounded``: under autocast, ``narrow / wide`` of the whole parameters for every micro-batch
       in flight, or with recomputation of the largest block.
     - ``gradients``: in stage 0 and 1 whole, in 2 and 3 the pieces and the largest block's whole.
-    - ``optimizer``: two moments of every piece.
+    - ``optimizer``: of AdamW two moments of every piece. Of Adafactor the second alone: of a matrix
+      the means of its rows and of its columns, whole on every rank, of a vector that of the piece.
     - ``activations``: see ``activations``.
     """
     whole = dict.fromkeys(_units(rank), 0)
@@ -105,7 +115,7 @@ def memory(rank: FakeRank, work: Work) -> dict[str, int]:
         "gathered": _gathered(rank, work),
         "rounded": rounded,
         "gradients": _gradients(rank, work),
-        "optimizer": 2 * held,
+        "optimizer": sum(map(_STATES[work.optimizer], rank.parameters)),
         "activations": activations(rank, work),
     }
 
@@ -133,11 +143,13 @@ def activations(rank: FakeRank, work: Work) -> int:
     - norms: ``2 D w`` each (input and quotient; fused norms of GPUs need half);
     - attention: ``tp x``; n for each number of queries, keys, values (of all slices) and output,
       the latter in two layouts;
-    - dense MLP: ``x + 4 F n``;
+    - dense MLP of P parts, 2 or doubly gated 3: ``x + 2 P F n``;
     - MoE: ``D w + 2 E w`` of the router, ``r D n`` of dispatched rows, where a token has r
-      (``Work.rows_per_token``), ``2 K F n`` before the activation, ``36 r K`` of weights, ids and
-      places, and a shared MLP as a dense one;
-    - after the last norm: ``x + V (w + n)``, for one micro-batch.
+      (``Work.rows_per_token``), ``P K F n`` before the activation, ``36 r K`` of weights, ids and
+      places, and a shared MLP as a dense one; an extra MLP with its norm;
+    - after the last norm: ``D w``, the gradient that the loss keeps, for one micro-batch, and
+      ``w + n`` for each of the logits that live at a time. The output weight's gradient, whole
+      from the forward pass on, is among the gradients of ``memory``.
 
     With recomputation blocks keep their input, ``D w``, and one of them the rest.
     """
@@ -148,10 +160,11 @@ def activations(rank: FakeRank, work: Work) -> int:
         kept = passes * dim * wide * len(per_block) + max(per_block)
     else:
         kept = passes * sum(per_block)
+    logits = 0
     if work.config.num_layers - 1 in rank.blocks:
-        logits = work.config.vocab_size * (wide + work.narrow)
-        kept += 2 * dim * wide + _input(work, 1) + logits
-    return int(work.num_tokens * kept)
+        kept += 3 * dim * wide
+        logits = min(LOGITS_AT_ONCE, work.num_tokens * work.config.vocab_size)
+    return int(work.num_tokens * kept) + logits * (wide + work.narrow)
 
 
 def traffic(rank: FakeRank, work: Work) -> dict[str, int]:
@@ -165,15 +178,17 @@ def traffic(rank: FakeRank, work: Work) -> dict[str, int]:
       of attention's input over ``tp`` and of keys and values over ``cp``.
     - ``reduce-scatter`` of gradients: once in stage 1, M times in 2 and 3; of attention's output
       over ``tp``, and of gradients of what was gathered.
-    - ``all-reduce`` of gradients in stage 0; of the norm over all heads under ``tp``.
+    - ``all-reduce`` of gradients in stage 0; of the norm over all heads under ``tp``; over a stage's
+      ranks of Adafactor's sums over rows and columns and two more numbers of each parameter.
     - ``all-to-all``, for every MoE block and micro-batch: ``(P - 1) / P`` of ``r T`` rows leave,
-      with ``D w + 8 K`` bytes, and as many return with ``D w``; their gradients have the same but
-      for 4 K bytes of ids.
+      with ``D n + (w + 4) K`` bytes, and as many return with ``D n``; their gradients have the
+      same but for 4 K bytes of ids. A row's numbers are what the experts compute in.
+    - ``counts`` of rows, before each of them: ``4 (P - 1)`` bytes.
     - ``send``: activations to the next stage and gradients to the one before.
 
     Recomputed blocks communicate in forward a second time.
     """
-    sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"), 0.0)
+    sent = dict.fromkeys(_COLLECTIVES, 0.0)
     for parameter in rank.parameters:
         _add(sent, _synchronised(parameter, work))
     forwards = 2 if work.recompute else 1
@@ -181,8 +196,40 @@ def traffic(rank: FakeRank, work: Work) -> dict[str, int]:
         _add(sent, _attention(work, forwards), work.num_micro_batches)
         if work.config.is_moe(block):
             sent["all-to-all"] += work.num_micro_batches * _exchanged(work, forwards)
+            counts = _COUNT * (work.expert_ranks - 1)
+            sent["counts"] += work.num_micro_batches * forwards * counts
     sent["send"] += work.num_micro_batches * _between_stages(rank, work)
+    if work.optimizer == "adafactor":
+        sent["all-reduce"] += _statistics(rank, work)
     return {name: round(num_bytes) for name, num_bytes in sent.items()}
+
+
+def _two_moments(parameter: Stored) -> int:
+    return 2 * parameter.held
+
+
+def _factored_moment(parameter: Stored) -> int:
+    return _NUMBER * _factors(parameter) or parameter.held
+
+
+_STATES: Mapping[str, Callable[[Stored], int]] = MappingProxyType(
+    {"adamw": _two_moments, "adafactor": _factored_moment}
+)
+
+
+def _factors(parameter: Stored) -> int:
+    """Numbers of rows and columns, of all matrices of a stack; a vector has none."""
+    if len(parameter.shape) < 2:
+        return 0
+    *stack, rows, columns = parameter.shape
+    return prod(stack) * (rows + columns)
+
+
+def _statistics(rank: FakeRank, work: Work) -> float:
+    """What Adafactor sums in a step."""
+    size = prod(work.degrees[axis] for axis in ("dp", "cp", "tp"))
+    summed = sum(_factors(parameter) + 2 for parameter in rank.parameters)
+    return 2 * (size - 1) / size * _NUMBER * summed
 
 
 def _gathered(rank: FakeRank, work: Work) -> int:
@@ -239,7 +286,9 @@ def _exchanged(work: Work, forwards: int) -> float:
     """What one MoE block sends for one micro-batch over the expert ranks."""
     ranks, k = work.expert_ranks, work.config.experts_per_token
     leaving = work.num_tokens * work.rows_per_token * (ranks - 1) / ranks
-    row = work.config.dim * work.wide
+    # Experts that scale their input do so before they round it.
+    number = work.wide if form_of(work.config) == "scaled_input" else work.narrow
+    row = work.config.dim * number
     forward = 2 * row + k * (work.wide + _ID)
     backward = 2 * row + k * work.wide
     return leaving * (forwards * forward + backward)
@@ -260,16 +309,20 @@ def _block(work: Work, block: int) -> float:
     dim = config.dim
     kept: float = 4 * dim * wide + work.degrees["tp"] * _input(work, 3)
     kept += _attended(config, work.degrees["cp"]) * narrow
+    parts = {"gated": 2, "doubly_gated": 3}[config.mlp]
+    dense = _input(work, parts) + 2 * parts * (config.dense_hidden or 0) * narrow
     if not config.is_moe(block):
-        return kept + _input(work, 2) + 4 * (config.dense_hidden or 0) * narrow
+        return kept + dense
+    if config.extra_mlp:
+        kept += 2 * dim * wide + dense
     rows, k = work.rows_per_token, config.experts_per_token
     kept += dim * wide + 2 * config.num_experts * wide
     # On one rank, and without rounding, the rows are the norm's output itself.
     kept += (rows * dim * narrow) if work.expert_ranks > 1 or narrow < wide else 0
-    kept += 2 * k * config.expert_hidden * narrow + 36 * rows * k
+    kept += parts * k * config.expert_hidden * narrow + 36 * rows * k
     if config.num_shared_experts:
         hidden = config.num_shared_experts * config.expert_hidden
-        kept += 4 * hidden * narrow + (2 * dim * narrow if narrow < wide else 0)
+        kept += 2 * parts * hidden * narrow + (parts * dim * narrow if narrow < wide else 0)
     return kept
 
 

@@ -11,6 +11,7 @@ from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
 from expertmesh.parallel.experts import distinct_moe_layers, place_experts
 from expertmesh.parallel.fsdp import copy_values_of_first_rank
+from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.routing import SelectionBias
 from expertmesh.shards import is_sharded, shard_of
@@ -41,7 +42,8 @@ def ddp(
         The wrapped model.
 
     Raises:
-        UserError: If the mesh cuts more than experts, or the model does not fit it.
+        UserError: If the mesh cuts more than experts, or the model does not fit it or lies on one
+            already.
     """
     cut = [axis for axis in ("pp", "cp", "tp") if mesh.degree(axis) > 1]
     if cut:
@@ -51,12 +53,14 @@ def ddp(
         )
     if mesh.world == 1:
         raise UserError("DDP needs several processes, got a mesh of one; start with torchrun")
+    check_free(model, "ddp")
     copy_values_of_first_rank(model, mesh)
     place_experts(model, mesh, dispatch=dispatch, averaged=mesh.world)
     _leave_to_us(model)
     # Known to be equal already; and of the experts DDP must not copy one rank's to all.
     wrapped = DistributedDataParallel(model, init_sync=False, **options)
     _Reduction(wrapped, mesh)
+    refuse_wrappers(wrapped, "ddp")
     return wrapped
 
 

@@ -12,6 +12,7 @@ from expertmesh.dispatch.all_to_all import AllToAllDispatcher
 from expertmesh.dispatch.static import StaticDispatcher
 from expertmesh.errors import UserError
 from expertmesh.experts import Experts
+from expertmesh.experts.stacked import StackedMLPExperts
 from expertmesh.layer import MoE
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.population import RankPopulation
@@ -89,7 +90,9 @@ def _dispatcher(moe: MoE, mesh: Mesh, dispatch: str) -> Dispatcher:
     group = mesh.group(("ep", "etp"))
     if group.size == 1:
         return moe.dispatcher
-    return DISPATCHERS[dispatch](group, moe.experts.num_experts, mesh.degree("etp"))
+    rounded = isinstance(moe.experts, StackedMLPExperts)
+    num_experts, etp = moe.experts.num_experts, mesh.degree("etp")
+    return DISPATCHERS[dispatch](group, num_experts, etp, rounded=rounded)
 
 
 def _stacked(experts: Experts) -> Iterator[tuple[str, Tensor, int | None]]:

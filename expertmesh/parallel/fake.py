@@ -38,6 +38,7 @@ class Stored:
         held: Bytes of this rank's piece.
         ranks: Those that hold pieces, or in ZeRO stage 0 copies, and sum its gradient.
         copied: Whether they hold copies.
+        shape: Of the whole parameter.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stored:
     held: int
     ranks: int
     copied: bool
+    shape: tuple[int, ...]
 
     @property
     def gathered(self) -> int:
@@ -145,6 +147,7 @@ def _stored(model: nn.Module, zero: int, expert_zero: int) -> Iterator[Stored]:
             held=local.numel() * local.element_size(),
             ranks=_storage_ranks(parameter),
             copied=(expert_zero if expert else zero) == 0,
+            shape=tuple(parameter.shape),
         )
 
 

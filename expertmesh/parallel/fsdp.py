@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from expertmesh.errors import UserError
 from expertmesh.experts import Experts
 from expertmesh.parallel.experts import distinct_moe_layers, place_experts
+from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.tensor import shard_attention, tensor_parallel_groups
 from expertmesh.shards import shard_of
@@ -67,10 +68,11 @@ def parallelize(
             routers with a capacity).
 
     Returns:
-        ``model``.
+        ``model``. DDP and FSDP put round it, round a part of it or round a larger module raise a
+        ``UserError`` from then on.
 
     Raises:
-        UserError: If the model does not fit the mesh.
+        UserError: If the model does not fit the mesh, or lies on one already.
     """
     expert_zero = zero if expert_zero is None else expert_zero
     for name, stage in (("zero", zero), ("expert_zero", expert_zero)):
@@ -83,27 +85,14 @@ def parallelize(
     if mesh.world == 1:
         place_experts(model, mesh, dispatch=dispatch)
         return model
+    check_free(model, "parallelize")
     copy_values_of_first_rank(model, mesh)
     if mesh.degree("tp") > 1:
         shard_attention(model, mesh)
     place_experts(model, mesh, dispatch=dispatch)
     _shard_storage(model, mesh, zero, expert_zero)
-    setattr(model, _READ_BY_DDP, _RefusesDDP())
+    refuse_wrappers(model, "parallelize")
     return model
-
-
-class _RefusesDDP:
-    """Stands where DDP looks, before all else, for the parameters that it shall leave alone."""
-
-    def __iter__(self) -> Iterator[str]:
-        raise UserError(
-            "DDP would copy one rank's parts of this model to all others: parallelize has laid it "
-            "out over ranks and sums its gradients; leave DDP out, or use expertmesh.ddp(model, "
-            "mesh) in place of both"
-        )
-
-
-_READ_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 def gradient_sync(model: nn.Module, *, last: bool) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
 from expertmesh.parallel.grid import DENSE_AXES, Grid, Placement, Ranks
+from expertmesh.parallel.processes import limit_waiting
 
 _JOINED_AXES = (("dp", "cp"), ("cp", "tp"), ("dp", "cp", "tp"), ("ep", "etp"), DENSE_AXES)
 
@@ -36,8 +37,8 @@ class Mesh:
         ranks: The ranks to use, in ascending order; None uses the whole world.
         device_mesh: Take the ranks from a ``DeviceMesh`` instead.
         device: ``"cpu"`` or ``"cuda"``; None is that of the process group's backend.
-        timeout: Seconds after which ranks that wait for each other's word give up; None is torch's
-            default. Collectives on tensors have the process group's.
+        timeout: Seconds after which ranks of the mesh that wait for each other give up; None is
+            torch's default.
 
     Raises:
         UserError: If the degrees do not multiply to the number of ranks.
@@ -119,6 +120,16 @@ class Mesh:
                 several = len(parts[0]) > 1
                 made[place] = dist.new_subgroups_by_enumeration(parts)[0] if several else None
             self._process_groups[names] = made[place]
+        if self._timeout is not None and self.member:
+            self._limit_waiting(self._timeout)
+
+    def _limit_waiting(self, timeout: timedelta) -> None:
+        """Groups that are made after the world have torch's default otherwise, half an hour."""
+        groups = [group for group in self._process_groups.values() if group is not None]
+        for root in (self.dense, self.expert, self.attention, self.storage):
+            groups += root.get_all_groups()
+        for group in groups:
+            limit_waiting(group, timeout)
 
     @property
     def world(self) -> int:
@@ -171,11 +182,20 @@ class Mesh:
             known = ", ".join(f"({', '.join(axes)})" for axes in _JOINED_AXES)
             raise UserError(f"groups of several axes are {known}; got ({', '.join(names)})")
         ranks = tuple(self.grid.group_of(self.rank, names))
-        process_group = None
-        if len(ranks) > 1:
-            one = len(names) == 1
-            process_group = self.submesh(names).get_group() if one else self._process_groups[names]
-        return Group(ranks, ranks.index(self.rank), process_group, self.device_type, self._timeout)
+        if len(ranks) == 1:
+            return Group(ranks, 0, None, self.device_type, self._timeout)
+        one = len(names) == 1
+        process_group = self.submesh(names).get_group() if one else self._process_groups[names]
+        everyone = self._process_groups[DENSE_AXES]
+        assert everyone is not None
+        return Group(
+            ranks,
+            ranks.index(self.rank),
+            process_group,
+            self.device_type,
+            self._timeout,
+            name=f"{everyone.group_name}/{'-'.join(names)}/{ranks[0]}",
+        )
 
     def submesh(self, axes: str | Sequence[str]) -> DeviceMesh:
         """The ``DeviceMesh`` of these axes through this rank; several stay several dims."""

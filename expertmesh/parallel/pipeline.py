@@ -20,7 +20,7 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, _PipelineSchedu
 
 from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
-from expertmesh.models.decoder import DecoderLM
+from expertmesh.models.decoder import DecoderLM, OutputLayer
 from expertmesh.models.stages import Stages
 from expertmesh.parallel.fsdp import gradient_sync
 
@@ -31,15 +31,15 @@ class Piece:
 
     Attributes:
         tokens_BS: As for ``DecoderLM.forward``.
-        loss: Logits to this micro-batch's part of the step's loss, a scalar: the sum over its
-            target tokens divided by the number of them in the whole step. Asked for on the last
-            stage.
+        loss: Hidden states after the last norm and the output's weight to this micro-batch's part
+            of the step's loss, a scalar in float32 or wider: the sum over its target tokens
+            divided by the number of them in the whole step. Called on the last stage.
         share: What multiplies the balance losses: its part of the step's tokens.
         arguments: ``padding_mask``, ``key`` and ``cache`` for ``DecoderLM.part``.
     """
 
     tokens_BS: Tensor
-    loss: Callable[[Tensor], Tensor]
+    loss: OutputLayer
     share: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,7 +54,7 @@ class Pipeline:
             may be since.
         stages: The cut.
         group: The ranks that hold the stages, in order (``mesh.group("pp")``).
-        autocast: Makes the context of every forward pass; the loss is outside of it.
+        autocast: Makes the context of every forward pass, the loss's too.
         dtype: Of the activations between stages; None is that of the parameters.
 
     Raises:
@@ -100,6 +100,7 @@ class Pipeline:
 
         Raises:
             UserError: If shapes differ, or interleaved stages cannot share the number evenly.
+                Each rank compares its own shapes; ``ThroughPipeline`` looks at those of all ranks.
         """
         return self._run(pieces, scale, train=True)
 
@@ -233,16 +234,17 @@ class _StageRunner(nn.Module):
                 None if self.stage == 0 else x,
                 piece.tokens_BS,
                 loss_scale=self._scale * piece.share,
+                output=piece.loss,
                 **piece.arguments,
             )
-        y = self._loss(piece, y) if self.is_last else self._sent(y)
+        y = self._scaled(y) if self.is_last else self._sent(y)
         if y.requires_grad:
             y.register_hook(partial(self._before_backward, index == self._num_pieces - 1))
         self._count(x, y)
         return y
 
-    def _loss(self, piece: Piece, logits_BSV: Tensor) -> Tensor:
-        loss = piece.loss(logits_BSV).to(self._dtype)
+    def _scaled(self, loss: Tensor) -> Tensor:
+        loss = loss.to(self._dtype)
         self._losses.append(loss.detach())
         return loss * self._scale
 

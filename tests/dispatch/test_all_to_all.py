@@ -1,11 +1,22 @@
 """Dropless dispatch against experts that are all on one rank."""
 
+import copy
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from expertmesh.dispatch.all_to_all import AllToAllDispatcher
+from expertmesh.dispatch.collectives import all_reduce
+from expertmesh.experts import Experts, GatedMLPExperts, ModuleExperts
+from expertmesh.layer import MoE
+from expertmesh.parallel.experts import place_experts
 from expertmesh.parallel.mesh import Mesh
-from expertmesh.testing import run_on_ranks
+from expertmesh.random import RandomKey
+from expertmesh.routing import Capacity, TopKRouter
+from expertmesh.shards import is_sharded, shard_of
+from expertmesh.testing import relative_error, run_on_ranks
 from tests.dispatch.ranked import (
     DIM,
     EXPERTS,
@@ -57,6 +68,7 @@ def test_outputs_and_gradients_are_those_of_whole_experts(axes: dict[str, int]) 
             kept = sum(rank // etp in places for places in own)
             arriving = seen.num_rows - kept
             assert seen.bytes_sent == {
+                "counts": (world - 1) * 4,
                 "ids": leaving * case.k * 4,
                 "dispatch": leaving * DIM * 8,
                 "weights": leaving * case.k * 8,
@@ -75,6 +87,82 @@ def test_narrow_rows(dtype: torch.dtype, limit: float) -> None:
     for (seen,) in run_on_ranks(2, compared, {"ep": 2}, "all_to_all", [case]):
         assert max(seen.errors.values()) < limit, seen.errors
         assert seen.bytes_sent["dispatch"] % (DIM * dtype.itemsize) == 0
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A layer under autocast on a mesh: errors against one process, and what was sent."""
+
+    errors: dict[str, float]
+    bytes_sent: dict[str, int]
+    dtypes: set[torch.dtype]
+
+
+def under_autocast(kind: str, dispatch: str, dtype: torch.dtype) -> Rounded:
+    """Forward and backward of experts of a kind, with float32 tokens and parameters."""
+    mesh = Mesh(ep=2)
+    capacity = Capacity(factor=4.0) if dispatch == "static" else None
+    router = TopKRouter(32, EXPERTS, 2, capacity=capacity, seed=0)
+    if kind == "module":
+        experts: Experts = ModuleExperts(lambda: nn.Linear(32, 32), EXPERTS, dim=32, seed=0)
+    else:
+        experts = GatedMLPExperts(32, 24, EXPERTS, seed=0)
+    whole = MoE(router, experts)
+    dealt = copy.deepcopy(whole)
+    place_experts(dealt, mesh, dispatch=dispatch)
+    group = mesh.group(("ep", "etp"))
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(40, 32, generator=generator)
+    own = slice(0, 17) if group.index == 0 else slice(17, 40)
+    out: list[Tensor] = []
+    grads: list[Tensor] = []
+    for moe, part in ((whole, slice(0, 40)), (dealt, own)):
+        given_TD = x_TD[part].clone().requires_grad_()
+        key = RandomKey.of(0, 0, torch.arange(40)[part])
+        with torch.autocast("cpu", dtype=dtype):
+            y_TD = moe(given_TD, key=key)
+        y_TD.backward(torch.sin(3 * x_TD[part]))
+        assert given_TD.grad is not None
+        out.append(y_TD.detach())
+        grads.append(given_TD.grad)
+    dtypes = {out[1].dtype, grads[1].dtype}
+    errors = {
+        "output": relative_error(out[1], out[0][own]),
+        "x gradient": relative_error(grads[1], grads[0][own]),
+    }
+    for (name, param), reference in zip(dealt.named_parameters(), whole.parameters(), strict=True):
+        assert param.grad is not None
+        assert reference.grad is not None
+        box = shard_of(param.grad)
+        grad = box.local
+        if not is_sharded(param):  # the router's: each rank has its tokens' part
+            grad = all_reduce(grad, group)
+        ends = zip(box.offset, box.local.shape, strict=True)
+        inside = tuple(slice(begin, begin + size) for begin, size in ends)
+        errors[name] = relative_error(grad, reference.grad[inside])
+        dtypes.add(grad.dtype)
+    return Rounded(errors, dict(group.traffic.bytes_sent), dtypes)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "static"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_travel_in_what_the_experts_compute_in(dispatch: str, dtype: torch.dtype) -> None:
+    limit = 4 * torch.finfo(dtype).eps
+    for seen in run_on_ranks(2, under_autocast, "gated", dispatch, dtype):
+        assert max(seen.errors.values()) < limit, seen.errors
+        assert seen.dtypes == {torch.float32}
+        rows = seen.bytes_sent["ids"] // (2 * 4)
+        assert seen.bytes_sent["dispatch"] == rows * 32 * 2
+        assert seen.bytes_sent["combine backward"] == rows * 32 * 2
+        assert seen.bytes_sent["weights"] == rows * 2 * 4
+        assert seen.bytes_sent["combine"] == seen.bytes_sent["dispatch backward"]
+
+
+def test_experts_that_may_compute_wider_get_what_they_would_get_alone() -> None:
+    for seen in run_on_ranks(2, under_autocast, "module", "all_to_all", torch.bfloat16):
+        assert seen.errors["output"] < 1e-6
+        rows = seen.bytes_sent["ids"] // (2 * 4)
+        assert seen.bytes_sent["dispatch"] == rows * 32 * 4
 
 
 def bitwise_repeats() -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh.train import toml
+from tests.parallel.test_processes import free_port
 from tests.train.tiny import tables
 
 pytestmark = pytest.mark.slow
@@ -23,36 +24,48 @@ SAVE_EVERY = 10
 # From a rank's death to the end of every process. torchrun gives ranks 30 s after asking them to
 # stop; a machine that does other things too needs some more.
 BOUND = 60.0
-# Otherwise ranks that start again may find the addresses of those before them in torchrun's store,
-# and fail once more.
-ONE_STORE_PER_START = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Job:
-    """torchrun with ranks that train.
+    """Plain torchrun, which keeps one store for all starts, with ranks that train.
 
     Attributes:
         out: What it printed, once it ended.
     """
 
-    def __init__(self, folder: Path, run: str, num_ranks: int, *words: str, restarts: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        num_ranks: int,
+        *words: str,
+        restarts: int = 0,
+        agents: int = 1,
+    ):
         self.folder = folder / run
         self.out = ""
         # torchrun's own number differs between its restarts; this one stays.
         self._mark = f"EXPERTMESH_TEST={uuid.uuid4()}"
         name, _, value = self._mark.partition("=")
-        torchrun = ["--standalone", f"--nproc-per-node={num_ranks}", f"--max-restarts={restarts}"]
+        torchrun = ["--standalone"]
+        if agents > 1:  # as on several hosts
+            meet = f"--rdzv-endpoint=localhost:{free_port()}"
+            torchrun = [f"--nnodes={agents}", "--rdzv-backend=c10d", meet, "--rdzv-id=kill"]
+        torchrun += [f"--nproc-per-node={num_ranks // agents}", f"--max-restarts={restarts}"]
         train = ["-m", "expertmesh", "train", "run.toml", f"--run.dir={run}", "--mesh.timeout=300"]
         self._log = folder / f"{run}.log"
         with self._log.open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *torchrun, *train, *words],
-                cwd=folder,
-                env=os.environ | {"OMP_NUM_THREADS": "1", name: value} | ONE_STORE_PER_START,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            self._processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "torch.distributed.run", *torchrun, *train, *words],
+                    cwd=folder,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", name: value},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+                for _ in range(agents)
+            ]
 
     def pid(self, rank: int) -> int | None:
         """A rank's process id; None while there is none."""
@@ -75,7 +88,7 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 240
         while self.step() < step:
-            assert self._process.poll() is None, self._log.read_text()
+            assert self._running(), self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.01)
 
@@ -83,7 +96,7 @@ class Job:
         """Wait until the run was continued so many times."""
         deadline = time.monotonic() + 240
         while self._log.read_text().count("continuing after") < times:
-            assert self._process.poll() is None, self._log.read_text()
+            assert self._running(), self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.05)
 
@@ -96,18 +109,23 @@ class Job:
 
     def end(self, seconds: float) -> int:
         """Wait; the exit status. No process is left then."""
-        status = self._process.wait(timeout=seconds)
+        deadline = time.monotonic() + seconds
+        statuses = [p.wait(timeout=deadline - time.monotonic()) for p in self._processes]
         self.out = self._log.read_text()
         assert all(self.pid(rank) is None for rank in range(4))
-        return status
+        return max(statuses)
+
+    def _running(self) -> bool:
+        return all(process.poll() is None for process in self._processes)
 
     def stop(self) -> None:
         """End what is left, whatever happened."""
         for rank in range(4):
             if (pid := self.pid(rank)) is not None:
                 os.kill(pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
+        for process in self._processes:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
@@ -149,6 +167,17 @@ def test_three_deaths_in_a_row_change_no_bit(start):
     assert len(continued) == 3
     assert all(step % SAVE_EVERY == 0 and step > 0 for step in continued)
     assert losses(job) == losses(undisturbed)
+
+
+def test_agents_of_several_hosts_start_again_together(start):
+    """Only the agent whose rank died counts a restart; the other follows it."""
+    job = start("killed", 2, "--mesh.ep=2", restarts=2, agents=2)
+    for attempt, (step, rank) in enumerate(((25, 0), (65, 1)), start=1):
+        job.wait_for_step(step)
+        job.signal(rank, signal.SIGKILL)
+        job.wait_for_start(attempt)
+    assert job.end(300) == 0, job.out
+    losses(job)
 
 
 def test_without_restarts_it_stops_and_fewer_ranks_go_on(start):

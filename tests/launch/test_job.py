@@ -1,6 +1,5 @@
 import json
 
-import pytest
 from torch.distributed.run import parse_args
 
 from expertmesh.launch.hosts import Host
@@ -54,12 +53,6 @@ def test_settings_of_libraries_travel_and_nothing_else():
         "CUDA_VISIBLE_DEVICES": "1,3",
     }
     assert mark != told[1]["environment"]["EXPERTMESH_LAUNCH"]
-
-
-@pytest.mark.parametrize(("max_restarts", "told"), [(0, None), (2, "1")])
-def test_each_restart_has_a_store_of_its_own(max_restarts, told):
-    order = json.loads(job(FakePlace("a", ""), max_restarts=max_restarts).order(0, {}))
-    assert order["environment"].get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == told
 
 
 def test_the_program_is_this_package():

@@ -27,6 +27,8 @@ CONFIG = DecoderConfig(
     num_experts=4,
     experts_per_token=2,
     expert_hidden=12,
+    mlp="doubly_gated",  # three projections in one stack
+    extra_mlp=True,
 )
 
 

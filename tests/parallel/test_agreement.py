@@ -37,6 +37,25 @@ def talks_in_a_thread() -> tuple[list[int], list[float]]:
     return heard, total.tolist()
 
 
+def overlapping() -> list[list[int]]:
+    """Meshes that share a rank and leave others out, made by all and used by their own."""
+    meshes = [Mesh(ranks=[0, 1]), Mesh(ranks=[1, 2, 3]), Mesh(ranks=[0, 3]), Mesh(), Mesh()]
+    talks = [Agreement(mesh.everyone) for mesh in meshes if mesh.member]
+    talks += [Agreement(mesh.everyone) for mesh in meshes[:2] if mesh.member]
+    talks += [Agreement(mesh.group("dp")) for mesh in meshes[3:]]
+    return [talk.gather(dist.get_rank()) for talk in talks]
+
+
+def test_ranks_of_overlapping_meshes_agree_with_their_own() -> None:
+    first, second, third, everyone = [0, 1], [1, 2, 3], [0, 3], [[0, 1, 2, 3]] * 2
+    assert run_on_ranks(4, overlapping, timeout=30) == [
+        [first, third, *everyone, first, *everyone],
+        [first, second, *everyone, first, second, *everyone],
+        [second, *everyone, second, *everyone],
+        [second, third, *everyone, second, *everyone],
+    ]
+
+
 def test_alone_an_error_is_as_it_was_said() -> None:
     ranks = Agreement()
     assert ranks.gather(3) == [3]

@@ -2,7 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from expertmesh.kernels.cross_entropy import linear_cross_entropy
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel.context import GatheredSlices
@@ -22,6 +24,7 @@ from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.pipeline import Piece, Pipeline
 from expertmesh.shards import shard_of
 from expertmesh.testing import run_on_ranks
+from expertmesh.train.optimizer import OptimConfig, build_optimizer
 
 SEQ_LEN, ROWS = 8, 4
 SHAPE: dict[str, Any] = {
@@ -51,11 +54,14 @@ class Case:
     num_micro_batches: int = 2
     per_rank: int = 1
     recompute: bool = False
+    rounded: bool = False
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     shape: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         degrees = "-".join(f"{axis}{degree}" for axis, degree in self.degrees.items())
-        return f"{degrees}-zero{self.zero}{self.expert_zero}"
+        rounded = "-rounded" if self.rounded else ""
+        return f"{degrees}-zero{self.zero}{self.expert_zero}{rounded}-{self.optimizer}"
 
     @property
     def config(self) -> DecoderConfig:
@@ -82,7 +88,9 @@ class Case:
             rows=ROWS // degrees["dp"],
             seq_len=SEQ_LEN,
             num_micro_batches=self.num_micro_batches,
+            narrow=2 if self.rounded else 4,
             recompute=self.recompute,
+            optimizer=self.optimizer,
         )
 
     def ranks(self) -> list[FakeRank]:
@@ -108,7 +116,7 @@ class Sent(TorchDispatchMode):
 
 
 def _sent(name: str, args: tuple[Any, ...]) -> tuple[str, int]:
-    """Kind and bytes of a call; row counts, and single numbers of torch's own, are left out."""
+    """Kind and bytes of a call; single numbers of torch's own are left out."""
     match name.removeprefix("c10d::"), args:
         case "_allgather_base_", (out, own, *_):
             return "all-gather", out.nbytes - own.nbytes
@@ -120,9 +128,15 @@ def _sent(name: str, args: tuple[Any, ...]) -> tuple[str, int]:
         case "alltoall_base_", (_, x, group, _, [*sent], *_) if sent:
             leaving = sum(sent) - sent[dist.ProcessGroup.unbox(group).rank()]
             return "all-to-all", leaving * x[:1].nbytes
+        case "alltoall_base_", (_, x, *_):
+            return "counts", x.nbytes - x[:1].nbytes
         case "send", ([x], *_) if x.numel() > 1:
             return "send", x.nbytes
     return "", 0
+
+
+def _sum(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+    return F.linear(hidden_BSD, weight_VD).sum()
 
 
 def sent_in_a_step(case: Case) -> dict[str, int]:
@@ -138,7 +152,7 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
     slices = GatheredSlices(mesh.group("cp"), SEQ_LEN)
     torch.manual_seed(mesh.rank)
     tokens_BS = slices.own_part(torch.randint(30, (case.work.rows, SEQ_LEN)), 1)
-    piece = Piece(tokens_BS, torch.sum, arguments={"cache": slices})
+    piece = Piece(tokens_BS, _sum, arguments={"cache": slices})
     with Sent() as sent:
         if mesh.degree("pp") > 1:
             pipeline = Pipeline(model, case.stages, mesh.group("pp"))
@@ -146,7 +160,9 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
         else:
             for place in range(case.num_micro_batches):
                 gradient_sync(model, last=place == case.num_micro_batches - 1)
-                model(tokens_BS, cache=slices).sum().backward()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.rounded):
+                    logits_BSV = model(tokens_BS, cache=slices)
+                logits_BSV.sum().backward()
     return dict(sent.num_bytes)
 
 
@@ -158,6 +174,8 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
         Case({"ep": 4}, zero=2),
         Case({"ep": 2, "etp": 2}, zero=3),
         Case({"ep": 2}, zero=2, expert_zero=3, recompute=True),
+        Case({"ep": 4}, zero=2, rounded=True),
+        Case({"ep": 2, "etp": 2}, zero=3, rounded=True, shape={"expert_form": "scaled_input"}),
         Case({"tp": 2, "ep": 4}, zero=2, shape={"qk_norm": "full"}),
         Case({"cp": 2, "ep": 4}, zero=3),
         Case({"pp": 2, "ep": 2}, zero=2, num_micro_batches=3),
@@ -183,15 +201,19 @@ def test_all_to_all_of_chosen_experts_is_as_expected() -> None:
     assert sum(sent) / 4 == pytest.approx(expected, rel=0.1)
 
 
-def held_in_a_step(case: Case) -> tuple[int, int]:
-    """On a rank: bytes of parameters, and of the moments after an optimizer's step."""
+def held_in_a_step(case: Case) -> tuple[int, int, dict[str, int]]:
+    """On a rank: bytes of parameters, of the optimizer's moments, and what its step sends."""
     degrees: dict[str, Any] = dict(case.degrees)
-    model = parallelize(
-        DecoderLM(case.config), Mesh(**degrees), zero=case.zero, expert_zero=case.expert_zero
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(torch.zeros(1, SEQ_LEN, dtype=torch.int64)).sum().backward()
-    optimizer.step()
+    mesh = Mesh(**degrees)
+    model = DecoderLM(case.config)
+    if mesh.degree("pp") > 1:
+        keep_stages(model, case.stages, mesh.coordinates["pp"])
+    parallelize(model, mesh, zero=case.zero, expert_zero=case.expert_zero)
+    optimizer = build_optimizer(model, OptimConfig(name=case.optimizer), mesh)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with Sent() as sent:
+        optimizer.step()
     moments = [
         value
         for state in optimizer.state.values()
@@ -202,15 +224,29 @@ def held_in_a_step(case: Case) -> tuple[int, int]:
         sum(shard_of(tensor).local.nbytes for tensor in tensors)
         for tensors in (model.parameters(), moments)
     )
-    return parameters, states
+    return parameters, states, dict(sent.num_bytes)
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_ranks_hold_what_the_formula_says(zero: int) -> None:
-    case = Case({"ep": 2}, zero=zero, expert_zero=2)
-    parameters, states = run_on_ranks(4, held_in_a_step, case)[0]
-    needed = memory(case.ranks()[0], case.work)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case({"ep": 2}, zero=0),
+        Case({"ep": 2}),
+        Case({"ep": 2}, zero=0, optimizer="adafactor"),
+        Case({"ep": 4}, optimizer="adafactor"),
+        Case({"pp": 2, "ep": 2}, zero=1, optimizer="adafactor"),
+    ],
+    ids=str,
+)
+def test_ranks_hold_what_the_formula_says(case: Case) -> None:
+    parameters, states, sent = run_on_ranks(4, held_in_a_step, case)[0]
+    rank = case.ranks()[0]
+    needed = memory(rank, case.work)
     assert (needed["parameters"], needed["optimizer"]) == (parameters, states)
+    others = traffic(rank, replace(case.work, optimizer="adamw"))
+    extra = traffic(rank, case.work)["all-reduce"] - others["all-reduce"]
+    assert sent.get("all-reduce", 0) == extra
+    assert (extra > 0) == (case.optimizer == "adafactor")
 
 
 def _rank(place: int, *parameters: Stored) -> FakeRank:
@@ -219,10 +255,10 @@ def _rank(place: int, *parameters: Stored) -> FakeRank:
 
 def test_what_is_together_for_a_while() -> None:
     parameters = (
-        Stored("embedding.weight", "", False, held=10, ranks=4, copied=False),
-        Stored("blocks.0.a", "blocks.0", False, held=5, ranks=4, copied=False),
-        Stored("blocks.0.moe.experts.up", "blocks.0.moe.experts", True, 100, 2, False),
-        Stored("blocks.1.a", "blocks.1", False, held=7, ranks=4, copied=False),
+        Stored("embedding.weight", "", False, held=10, ranks=4, copied=False, shape=(2, 5)),
+        Stored("blocks.0.a", "blocks.0", False, held=5, ranks=4, copied=False, shape=(5,)),
+        Stored("blocks.0.moe.experts.up", "blocks.0.moe.experts", True, 100, 2, False, (4, 5, 10)),
+        Stored("blocks.1.a", "blocks.1", False, held=7, ranks=4, copied=False, shape=(7,)),
     )
     base = Case({"ep": 2}).work
     for zero, expert_zero, gathered, gradients in (
@@ -235,6 +271,8 @@ def test_what_is_together_for_a_while() -> None:
         needed = memory(_rank(0, *parameters), work)
         assert (needed["gathered"], needed["gradients"]) == (gathered, gradients)
         assert (needed["parameters"], needed["optimizer"]) == (122, 244)
+        needed = memory(_rank(0, *parameters), replace(work, optimizer="adafactor"))
+        assert needed["optimizer"] == 4 * (2 + 5) + 5 + 4 * 4 * (5 + 10) + 7
     whole = replace(parameters[3], held=28, copied=True)
     needed = memory(_rank(0, whole), replace(base, zero=0))
     assert (needed["gathered"], needed["gradients"]) == (0, 28)
@@ -259,7 +297,7 @@ def passes_in_flight(case: Case) -> int:
         return y
 
     part, model.part = model.part, watched  # type: ignore[method-assign]  # to look on
-    piece = Piece(torch.zeros(1, SEQ_LEN, dtype=torch.int64), torch.sum)
+    piece = Piece(torch.zeros(1, SEQ_LEN, dtype=torch.int64), _sum)
     Pipeline(model, stages, mesh.group("pp")).step([piece] * case.num_micro_batches)
     return most
 
@@ -271,6 +309,10 @@ def test_as_many_passes_wait_as_the_formula_says(per_rank: int, num_micro_batche
     actual = run_on_ranks(2, passes_in_flight, case)
     work = replace(case.work, degrees={**case.work.degrees, "pp": 2, "dp": 1})
     assert actual == [in_flight(_rank(place), work) for place in range(2)]
+
+
+def _loss_of(targets_BS: Tensor, hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_BSD, weight_VD, targets_BS)
 
 
 def kept_bytes(config: DecoderConfig, rows: int, rounded: bool) -> int:
@@ -288,10 +330,11 @@ def kept_bytes(config: DecoderConfig, rows: int, rounded: bool) -> int:
         return tensor
 
     tokens_BS = torch.randint(config.vocab_size, (rows, 32))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
-            logits_BSV = model(tokens_BS)
-        F.cross_entropy(logits_BSV.float().flatten(0, 1), tokens_BS.flatten())
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded),
+    ):
+        model(tokens_BS, output=partial(_loss_of, tokens_BS))
     return sum(kept.values())
 
 
@@ -303,6 +346,7 @@ def kept_bytes(config: DecoderConfig, rows: int, rounded: bool) -> int:
         {"qk_norm": "head"},
         {"num_experts": 8, "experts_per_token": 2},
         {"num_shared_experts": 0, "moe_every": 2},
+        {"mlp": "doubly_gated", "extra_mlp": True, "moe_every": 2},
     ],
     ids=str,
 )
@@ -319,7 +363,8 @@ def test_autograd_keeps_what_the_formula_says(changes: dict[str, Any], rounded: 
         narrow=2 if rounded else 4,
     )
     rank = FakeRank({"pp": 0}, (), tuple(range(config.num_layers)))
-    assert activations(rank, work) == pytest.approx(actual, rel=0.1)
+    logits = 16 * 32 * config.vocab_size * (4 + work.narrow)  # not kept, but there for a while
+    assert activations(rank, work) - logits == pytest.approx(actual, rel=0.1)
 
 
 def test_recomputed_blocks_keep_their_input_and_one_of_them_the_rest() -> None:

@@ -172,29 +172,6 @@ def test_a_bare_layer_and_a_rank_without_tokens() -> None:
     assert run_on_ranks(2, idle_and_bare, timeout=30) == [[True, True]] * 2
 
 
-def placed_already() -> tuple[bool, str]:
-    """Plain DDP round a model that ``ddp`` has prepared: alone, and within another module."""
-    model = moe_of()
-    ddp(model, Mesh(ep=2))
-    before = values(model)
-    DistributedDataParallel(model)  # the model itself tells what to leave alone
-    with pytest.raises(Exception) as caught:  # noqa: PT011  # torch's own
-        DistributedDataParallel(nn.Sequential(model))
-    after = values(model)
-    same = all(torch.equal(before[name].local, after[name].local) for name in before)
-    return same, type(caught.value).__name__
-
-
-def values(model: nn.Module) -> dict[str, Shard]:
-    return pieces(model.named_parameters())
-
-
-def test_plain_ddp_never_overwrites_experts() -> None:
-    for same, error in run_on_ranks(2, placed_already):
-        assert same
-        assert error.endswith("Error")
-
-
 def refusals() -> list[str]:
     messages = []
     attempts: list[tuple[dict[str, Any], nn.Module]] = [

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertmesh.errors import UserError
@@ -256,20 +255,6 @@ def refusal(degrees: dict[str, Any], options: dict[str, Any]) -> str:
 )
 def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
     assert message in refusal({}, options)
-
-
-def in_ddp(nested: bool) -> str:
-    moe = parallelize(moe_of(), Mesh(ep=2))
-    with pytest.raises(Exception) as caught:  # noqa: PT011  # torch's own where nested
-        DistributedDataParallel(nn.Sequential(moe) if nested else moe)
-    return f"{type(caught.value).__name__}: {caught.value}"
-
-
-def test_ddp_round_a_model_that_was_laid_out_is_an_error() -> None:
-    for message in run_on_ranks(2, in_ddp, False):
-        assert message.startswith("UserError: DDP would copy")
-    for message in run_on_ranks(2, in_ddp, True):
-        assert "Error" in message
 
 
 def test_one_process_is_left_as_it_is() -> None:

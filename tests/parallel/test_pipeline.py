@@ -1,6 +1,5 @@
 """A pipeline's step equals that of one process: losses and every gradient."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from expertmesh.dispatch.collectives import Group, all_reduce, own_range
 from expertmesh.errors import UserError
 from expertmesh.layer import set_loss_scale
 from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.models.decoder import OutputLayer
 from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel.context import GatheredSlices
 from expertmesh.parallel.fsdp import parallelize
@@ -101,9 +101,12 @@ def pieces_of(case: Case, num_rows: int = 2) -> list[Piece]:
     ]
 
 
-def _loss(targets_BS: Tensor, num_targets: int) -> Callable[[Tensor], Tensor]:
-    def loss(logits_BSV: Tensor) -> Tensor:
-        logits, targets = logits_BSV.flatten(0, 1), targets_BS.flatten()
+def _loss(targets_BS: Tensor, num_targets: int) -> OutputLayer:
+    def loss(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        logits = F.linear(hidden_BSD, weight_VD).flatten(0, 1)
+        if torch.is_autocast_enabled("cpu"):
+            assert logits.dtype == torch.bfloat16
+        targets = targets_BS.flatten()
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, targets, ignore_index=-100, reduction="sum") / num_targets
 
@@ -115,7 +118,7 @@ def whole_step(model: DecoderLM, pieces: list[Piece], scale: float) -> Tensor:
     losses = []
     for piece in pieces:
         set_loss_scale(model, piece.share * scale)
-        loss = piece.loss(model(piece.tokens_BS, **piece.arguments))
+        loss = model(piece.tokens_BS, output=piece.loss, **piece.arguments)
         (loss * scale).backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -150,7 +153,9 @@ def largest_errors(
         own += own_pieces(model, mesh, case, num_rows=1)
         pieces += pieces_of(case, num_rows=1)
         with torch.no_grad():
-            nats = [piece.loss(whole(piece.tokens_BS, **piece.arguments)) for piece in pieces]
+            nats = [
+                whole(piece.tokens_BS, output=piece.loss, **piece.arguments) for piece in pieces
+            ]
         loss = pipeline.evaluate(own)
         note("evaluation", all_reduce(loss, mesh.everyone), torch.stack(nats).sum())
     return errors
@@ -269,9 +274,8 @@ def autocast_errors() -> float:
     for piece in pieces_of(case):
         set_loss_scale(whole, piece.share)
         with autocast():
-            logits_BSV = whole(piece.tokens_BS, **piece.arguments)
-        assert logits_BSV.dtype == torch.bfloat16
-        piece.loss(logits_BSV).backward()
+            loss = whole(piece.tokens_BS, output=piece.loss, **piece.arguments)
+        loss.backward()
     keep_stages(model, stages, mesh.group("pp").index)
     Pipeline(model, stages, mesh.group("pp"), autocast=autocast).step(pieces_of(case))
     return max(
@@ -280,7 +284,7 @@ def autocast_errors() -> float:
     )
 
 
-def test_autocast_holds_in_every_stage_and_not_in_the_loss() -> None:
+def test_autocast_holds_in_every_stage() -> None:
     assert max(run_on_ranks(2, autocast_errors)) < 1e-6
 
 
@@ -319,7 +323,7 @@ def test_micro_batches_that_cannot_flow_are_refused() -> None:
         model = keep_stages(DecoderLM(config), stages, 0)
     pipeline = Pipeline(model, stages, Group((0, 1), 0, None))
     tokens_BS = torch.zeros(2, 7, dtype=torch.int64)
-    piece, smaller = (Piece(tokens, torch.sum) for tokens in (tokens_BS, tokens_BS[:1]))
+    piece, smaller = (Piece(tokens, F.linear) for tokens in (tokens_BS, tokens_BS[:1]))
     with pytest.raises(UserError, match=r"one shape, got \[\(1, 7\), \(2, 7\)\]"):
         pipeline.step([piece, smaller])
     with pytest.raises(UserError, match="at least one"):

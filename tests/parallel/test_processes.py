@@ -73,6 +73,50 @@ def test_processes_join_and_leave() -> None:
     assert run_on_ranks(2, join_twice, free_port()) == [(2, 2.0)] * 2
 
 
+def join_late(port: int) -> bool:
+    """Rank 1 comes later than a collective would wait."""
+    leave_the_pool(port)
+    if os.environ["RANK"] == "1":
+        time.sleep(3.0)
+    with joined(CPU, 1.0):
+        dist.all_reduce(torch.ones(()))
+    return True
+
+
+def test_who_comes_late_is_waited_for() -> None:
+    assert run_on_ranks(2, join_late, free_port()) == [True, True]
+
+
+def start_again(port: int) -> list[float]:
+    """Three starts of all ranks in one store that a launcher keeps; the third is of fewer ranks.
+
+    Rank 1 was killed before it joined in one of them: others have started more often than it.
+    """
+    leave_the_pool(port)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    rank = int(os.environ["RANK"])
+    kept = dist.TCPStore("127.0.0.1", port, is_master=True) if rank == 0 else None
+    stale = dist.TCPStore("127.0.0.1", port)
+    stale.set(f"asks/{rank}", f"killed {rank}")
+    found = []
+    for world in (3, 3, 2):
+        os.environ["WORLD_SIZE"] = str(world)
+        if rank < world:
+            with joined(CPU, 20.0):
+                own = torch.tensor(float(rank + 1))
+                dist.all_reduce(own)
+                found.append(float(own))
+                dist.barrier()
+    stale.set(f"done {rank}", "")
+    stale.wait([f"done {other}" for other in range(3)])
+    del kept
+    return found
+
+
+def test_starts_that_share_a_store_do_not_see_each_other() -> None:
+    assert run_on_ranks(3, start_again, free_port()) == [[6.0, 6.0, 3.0]] * 2 + [[6.0, 6.0]]
+
+
 def alone_in_a_collective(port: int, silent: bool) -> tuple[str, float]:
     """Rank 0 waits for a rank that is silent, or gone."""
     leave_the_pool(port)

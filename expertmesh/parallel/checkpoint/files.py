@@ -7,9 +7,11 @@ enough, and is hashed on its way.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,26 +77,49 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Written:
     """
     # Wide elements first: so each begins at a multiple of its size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
+    head = header({name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in order})
+    pieces = (as_bytes(tensors[name].detach().cpu()).numpy().data for name in order)
+    return _write(file, itertools.chain([head], pieces))
+
+
+def header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """What a file of safetensors begins with.
+
+    Args:
+        tensors: Dtype and shape of each tensor, in the order in which their bytes follow.
+        metadata: Said beside them.
+
+    Raises:
+        UserError: If the format has no such dtype.
+    """
+    content: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": dtype_name(tensor.dtype),
-            "shape": list(tensor.shape),
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        content[name] = {
+            "dtype": dtype_name(dtype),
+            "shape": list(shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    pieces = (_bytes(tensors[name]) for name in order)
-    return _write(file, _chain(len(text).to_bytes(8, "little") + text, pieces))
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """A tensor's bytes in the order of its elements, uint8; uncopied where they lie so."""
+    whole = values.contiguous()
+    # Not `reshape(-1)`: what has one element counts as contiguous with any stride, and keeps it.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
 
 
 def write_json(file: Path, content: Mapping[str, Any], *, indent: int | None = 1) -> Written:
     """Write JSON to the disk itself."""
     text = json.dumps(content, indent=indent, separators=None if indent else (",", ":"))
-    return _write(file, iter([f"{text}\n".encode()]))
+    return _write(file, [f"{text}\n".encode()])
 
 
 def flush_folder(path: Path) -> None:
@@ -113,7 +138,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _write(file: Path, pieces: Iterator[bytes | memoryview]) -> Written:
+def _write(file: Path, pieces: Iterable[bytes | memoryview]) -> Written:
     digest = hashlib.sha256()
     num_bytes = 0
     with open(file, "wb") as handle:
@@ -124,13 +149,3 @@ def _write(file: Path, pieces: Iterator[bytes | memoryview]) -> Written:
         handle.flush()
         os.fsync(handle.fileno())
     return Written(file.name, digest.hexdigest(), num_bytes)
-
-
-def _chain(head: bytes, pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    yield head
-    yield from pieces
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

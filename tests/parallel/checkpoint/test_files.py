@@ -33,6 +33,16 @@ def test_scalars_empty_ones_views_and_none(tmp_path: Path) -> None:
     assert load_file(tmp_path / "none.safetensors") == {}
 
 
+def test_one_element_with_a_stride_of_its_own(tmp_path: Path) -> None:
+    """torch calls it contiguous whatever its strides, and reshaping keeps them."""
+    column = torch.arange(32.0).reshape(4, 8)[:, 3]
+    tensors = {"odd": column[1:2], "deeper": column[1:2, None], "several": column}
+    assert tensors["odd"].stride() == (8,)
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"complex128 cannot be saved; expected one of torch.bool"):
         write_tensors(tmp_path / "x", {"a": torch.ones(1, dtype=torch.complex128)})
