@@ -10,7 +10,7 @@ PROMPT := Good morrow, my lord.
 ARGS :=
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo install install-dev test test-all test-gpu test-hosts lint types clean
+.PHONY: demo install install-dev test test-all test-gpu bench-gpu test-hosts bench-multi lint types clean
 
 demo: install
 	$(BIN)/expertmesh train examples/nano.toml --run.dir=$(RUN) $(ARGS)
@@ -48,6 +48,16 @@ test-hosts: install-dev
 
 test-gpu:
 	$(PYTHON) benchmarks/gpu_tests.py
+
+# Beside other libraries, where they are installed: see benchmarks/peers.py.
+bench-gpu:
+	$(PYTHON) benchmarks/bench_gpu.py $(ARGS)
+
+# Several GPUs of one host; GPUS=4, or ARGS=layer for one section. $(PYTHON) holds torch.
+GPUS := 2
+bench-multi:
+	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(GPUS) \
+	  benchmarks/multi_gpu.py $(ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

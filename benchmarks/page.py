@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import router_sections  # beside this file
+import gpu_sections  # beside this file
+import multi_sections
+import router_sections
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +27,14 @@ file contenders ran side by side, and ratios say more than times.
 def render() -> str:
     """The page."""
     sections = [INTRODUCTION, layer_cpu(load("layer_cpu")), layer_gpu(load("layer_gpu"))]
+    for name, section in (
+        ("bench_gpu", gpu_sections.beside_peers),
+        ("loads_gpu", gpu_sections.loads),
+        ("decode_gpu", gpu_sections.decode),
+        ("multi_gpu", multi_sections.several_gpus),
+    ):
+        result = load(name)
+        sections.append(section(result, made_by(result)))
     sections.append(moe_vs_dense(load("moe_vs_dense")))
     cost, trained = load("routing_cost"), load("routers")
     sections.append(router_sections.routing_cost(cost, made_by(cost)))

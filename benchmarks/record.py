@@ -14,18 +14,19 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, results: dict[str, Any]) -> Path:
+def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write ``results/<name>.json``: the results below what they were measured on.
 
     Args:
         name: File name without its ending.
         results: Anything JSON holds.
+        folder: Where to.
 
     Returns:
         The file's path.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     record = {
         "command": shlex.join(["python", *(_relative(word) for word in sys.argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

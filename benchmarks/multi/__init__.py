@@ -1,0 +1,1 @@
+"""The sections of ``benchmarks/multi_gpu.py``."""

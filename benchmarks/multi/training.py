@@ -1,0 +1,152 @@
+"""Training steps of a decoder: tokens per second per device at 1 and W, beside transformers."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from expertmesh.data import Batch
+from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.models.presets import decoder_preset
+from expertmesh.parallel.fsdp import parallelize
+from expertmesh.parallel.mesh import Mesh
+from expertmesh.parallel.strategies import Strategy, strategy
+from expertmesh.train.optimizer import OptimConfig, build_optimizer
+from expertmesh.train.passes import OneByOne
+from expertmesh.train.precision import Precision
+from expertmesh.train.step import Stepper
+from multi.rival import transformers_step
+from multi.world import Step, World
+
+LAYERS = 4
+"""Of olmoe-1b-7b's 16: weights, gradients and moments of all would be 111 GB on one device."""
+ROWS, SEQUENCE = 8, 4096
+ROUNDS, WARM = 6, 3
+ALONE, RIVAL_ALONE, RIVAL = "1 device", "transformers, 1 device", "transformers, FSDP2"
+
+
+def measure(world: World) -> dict[str, Any]:
+    """Tokens per second per device by way."""
+    changes: dict[str, Any] = {"num_layers": LAYERS}
+    rows, length = ROWS, SEQUENCE
+    if world.tiny:
+        changes = {"vocab_size": 64, "dim": 32, "num_layers": 2, "num_heads": 4, "num_experts": 8}
+        changes |= {"experts_per_token": 2, "expert_hidden": 16}
+        rows, length = 2, 16
+    config = decoder_preset("olmoe-1b-7b", **changes)
+    num_experts = config.num_experts
+    ways: dict[str, Strategy | None] = {ALONE: None, "dp": Strategy(ep=1, zero=2, expert_zero=2)}
+    ways["ep"] = strategy("ep", world.size, num_experts)
+    if world.size % 2 == 0:
+        ways["ep_zero"] = strategy("ep_zero", world.size, num_experts)
+    result: dict[str, Any] = {
+        "model": f"olmoe-1b-7b, {config.num_layers} layers",
+        "tokens per device": rows * length,
+        "precision": "bf16 products, float32 parameters; AdamW, clipping, balance and z losses",
+        "rival": "transformers, grouped_mm and sdpa, FSDP2 with bf16 parameters, no router loss",
+        "tokens per second per device": {},
+        "peak GiB": {},
+    }
+    builders: dict[str, Callable[[], Step]] = {
+        name: partial(_ours, world, config, rows, length, chosen) for name, chosen in ways.items()
+    }
+    for name, size in ((RIVAL_ALONE, 1), (RIVAL, world.size)):
+        builders[name] = partial(transformers_step, world, config, rows, length, size)
+    for name, build in builders.items():
+        _note(world, result, name, build, rows * length)
+    speeds = result["tokens per second per device"]
+    result["weak scaling"] = _efficiency(speeds)
+    return result
+
+
+def _note(
+    world: World, result: dict[str, Any], name: str, build: Callable[[], Step], num_tokens: int
+) -> None:
+    """Build, time, forget."""
+    speeds = result["tokens per second per device"]
+    if not world.has_time():
+        speeds[name] = "left out: no time"
+        return
+    found = world.attempt(partial(_timed, world, build))
+    if isinstance(found, str):
+        speeds[name] = found
+        world.say(f"  {name}: {found}")
+        return
+    seconds, peak = found
+    speeds[name] = round(num_tokens / seconds, 1)
+    result["peak GiB"][name] = round(peak, 2)
+    world.say(f"  {name:24} {speeds[name]:10.0f} tokens/s per device, {1e3 * seconds:.1f} ms")
+
+
+def _timed(world: World, build: Callable[[], Step]) -> tuple[float, float]:
+    """Seconds of a step, and peak GiB."""
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = world.seconds(build(), *((1, 1) if world.tiny else (ROUNDS, WARM)))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    return seconds, max(world.gather(peak))
+
+
+def _ours(
+    world: World, config: DecoderConfig, rows: int, length: int, chosen: Strategy | None
+) -> Step:
+    """A step of the trainer; without a strategy each rank trains for itself, all at once."""
+    mesh = None
+    if chosen is None or world.size == 1:
+        with world.device:
+            model = DecoderLM(config, seed=0)
+    else:
+        mesh = Mesh(
+            pp=chosen.pp, ep=chosen.ep, placement=chosen.placement, device=world.device.type
+        )
+        with torch.device("meta"):
+            model = DecoderLM(config, seed=0)
+        parallelize(model, mesh, zero=chosen.zero, expert_zero=chosen.expert_zero)
+        model.to_empty(device=world.device)
+        model.init_weights(0)
+    num_rows = rows if mesh is None else rows * world.size
+    passes = OneByOne(
+        model, precision=Precision("bf16"), device=world.device, sequences=num_rows, mesh=mesh
+    )
+    stepper = Stepper(passes, build_optimizer(model, OptimConfig(lr=1e-4)), seed=0, clip=1.0)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(config.vocab_size, (num_rows, length + 1), generator=generator)
+    batch = Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], None, torch.arange(num_rows))
+    return lambda: stepper.step(1, batch)
+
+
+def _efficiency(speeds: Mapping[str, float | str]) -> dict[str, float]:
+    """Speed per device over that of one device by itself."""
+    found = {}
+    for name, base in (("dp", ALONE), ("ep", ALONE), ("ep_zero", ALONE), (RIVAL, RIVAL_ALONE)):
+        many, one = speeds.get(name), speeds.get(base)
+        if isinstance(many, float) and isinstance(one, float):
+            found[name] = round(many / one, 3)
+    return found
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines for a terminal."""
+    lines = [
+        f"{result['model']}, {result['tokens per device']} tokens per device and step",
+        "| way | tokens/s per device | weak scaling | peak GiB |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, speed in result["tokens per second per device"].items():
+        scaling, peak = result["weak scaling"].get(name, ""), result["peak GiB"].get(name, "")
+        lines.append(f"| {name} | {speed} | {scaling} | {peak} |")
+    return lines
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What misses its aim: 0.90 by the best of our ways."""
+    speeds = result["tokens per second per device"]
+    found = [
+        f"training: {name} {speed}" for name, speed in speeds.items() if isinstance(speed, str)
+    ]
+    ours = {n: e for n, e in result["weak scaling"].items() if n != RIVAL}
+    if ours and max(ours.values()) < 0.9:
+        found.append(f"training: weak scaling {ours}")
+    return found

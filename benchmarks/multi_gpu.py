@@ -1,0 +1,96 @@
+"""Several GPUs of one host: the same numbers, and how fast.
+
+    make bench-multi GPUS=2
+    torchrun --standalone --nproc-per-node 2 benchmarks/multi_gpu.py              all of it
+    torchrun --standalone --nproc-per-node 2 benchmarks/multi_gpu.py layer        one section
+
+Sections: equivalence on NCCL against one GPU; the layer's parts, its all-to-all against a plain
+one, and how often the host waits; training steps at 1 and W GPUs, with transformers and FSDP2
+beside; a checkpoint of W GPUs resumed on one. What a section measured is kept in
+results/multi_gpu.json, those not run as they are there. The exit status is 1 where something
+misses its aim. NVLink multicast is left off.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Read when libraries begin. A program that uses multicast can put a shared host's GPUs out of
+# service.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+
+import torch
+from multi import checkpoint, equivalence, layer, training
+from multi.world import World
+from record import RESULTS, save  # beside this file
+
+from expertmesh.parallel.processes import joined, local_device
+
+NAME = "multi_gpu"
+SECTIONS: dict[str, tuple[ModuleType, float]] = {
+    "equivalence": (equivalence, 100.0),
+    "layer": (layer, 90.0),
+    "training": (training, 150.0),
+    "checkpoint": (checkpoint, 30.0),
+}
+"""Modules, and the seconds after which a section begins no further case."""
+
+
+def main() -> int:
+    """Run, keep, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--tiny", action="store_true", help="sizes of a test; any device")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    arguments = parser.parse_args()
+    for name in arguments.sections:
+        if name not in SECTIONS:
+            parser.error(f"section must be one of {', '.join(SECTIONS)}, got {name!r}")
+    on_gpu = torch.cuda.is_available()
+    device = local_device(torch.device("cuda" if on_gpu else "cpu"))
+    with joined(device, 150.0):
+        world = World(device, tiny=arguments.tiny)
+        results: dict[str, Any] = {}
+        for name in arguments.sections or SECTIONS:
+            module, seconds = SECTIONS[name]
+            world.say(name)
+            world.begin(seconds)
+            begin = time.monotonic()
+            results[name] = module.measure(world)
+            results[name]["seconds"] = round(time.monotonic() - begin, 1)
+            # After each, so that what is done is not lost with what fails.
+            if world.rank == 0:
+                _keep(arguments.results, world, results)
+        failures = _show(world, results)
+    # Aims are those of GPUs.
+    return int(bool(failures) and on_gpu)
+
+
+def _keep(folder: Path, world: World, results: dict[str, Any]) -> None:
+    path = folder / f"{NAME}.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sections = {name: earlier[name] for name in SECTIONS if name in earlier} | results
+    save(NAME, {"devices": world.size, "device": world.device.type, **sections}, folder)
+
+
+def _show(world: World, results: dict[str, Any]) -> list[str]:
+    if world.rank != 0:
+        return []
+    failures = []
+    for name, result in results.items():
+        module, _ = SECTIONS[name]
+        print("\n".join(["", f"{name}, {result['seconds']} s", *module.table(result)]))
+        failures += module.failures(result)
+    print("\n".join(["", *(f"MISSED {failure}" for failure in failures)]), flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
