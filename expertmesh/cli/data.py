@@ -3,6 +3,13 @@
 import argparse
 
 HELP = "list, fetch and look at data sets"
+_OF_DATA = {
+    "kind": "text or instructions",
+    "tokenizer": "a name or a path",
+    "seq_len": "tokens of a sample",
+    "objective": "causal, ul2 or ul2-openmoe",
+    "template": "plain or openmoe",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -25,8 +32,10 @@ def main(argv: list[str]) -> int:
         _list()
     elif args.command == "fetch":
         _fetch(args.names, again=args.again)
-    else:
+    elif args.command == "show":
         _show(args.name, tuple(args.fields))
+    else:
+        _preview(args)
     return 0
 
 
@@ -40,8 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="counts and the beginning of a data set or tokenizer")
     show.add_argument("name", metavar="NAME", help="a name, a file, a folder, or hf:NAME")
     show.add_argument(
-        "--fields", nargs="+", default=["text"], help="keys or columns of records (default: text)"
+        "--fields", nargs="+", default=(), help="keys or columns of records (default: text)"
     )
+    preview = commands.add_parser("preview", help="samples as a run sees them: given, to learn")
+    preview.add_argument("source", metavar="SOURCE", help="a run file, or a source as in [data]")
+    preview.add_argument("--samples", type=int, default=3, help="how many (default: 3)")
+    preview.add_argument("--seed", type=int, help="of the run (default: the run file's, or 0)")
+    for name, what in _OF_DATA.items():
+        preview.add_argument(f"--{name.replace('_', '-')}", help=f"data.{name}: {what}")
     return parser
 
 
@@ -106,3 +121,20 @@ def _show_tokenizer(name: str) -> None:
     ids = tokenizer.encode("The experts share the work.")
     print(f"vocabulary: {tokenizer.vocab_size:,}\neos: {tokenizer.eos_id}\npad: {tokenizer.pad_id}")
     print(" ".join(f"{tokenizer.token_text(int(i))}({i})" for i in ids))
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from expertmesh.data import build_data
+    from expertmesh.data.preview import preview
+    from expertmesh.train.run_file import load_run_file, parse_run
+
+    given = {name: getattr(args, name) for name in _OF_DATA if getattr(args, name) is not None}
+    overrides = [f"--data.{name}={value}" for name, value in given.items()]
+    if args.source.endswith(".toml"):
+        run = load_run_file(args.source, overrides)
+    else:
+        run = parse_run({"model": {"preset": "nano"}, "data": {"source": args.source}}, overrides)
+    bundle = build_data(run.data)
+    seed = run.run.seed if args.seed is None else args.seed
+    for line in preview(bundle.train, bundle.tokenizer, args.samples, seed):
+        print(line)

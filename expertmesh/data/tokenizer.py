@@ -30,6 +30,10 @@ class Tokenizer(ABC):
     """Ends a document."""
     pad_id: int
     """Fills a row behind its document; equals ``eos_id`` where the vocabulary has no own."""
+    bos_id: int | None = None
+    """Stands before each row that a model reads; None where nothing does."""
+    sentinel_ids: Sequence[int] = ()
+    """Ids that stand for cut-out spans, in the order of their use."""
     identity: str
     """Equal for two tokenizers that give equal ids; part of the key of cached tokens."""
 
@@ -69,7 +73,7 @@ class ByteTokenizer(Tokenizer):
     def token_text(self, token_id: int) -> str:
         if token_id >= 256:
             return {self.eos_id: "<eos>", self.pad_id: "<pad>"}[token_id]
-        return _printable(chr(token_id)) if token_id < 128 else f"<0x{token_id:02X}>"
+        return printable(chr(token_id)) if token_id < 128 else f"<0x{token_id:02X}>"
 
 
 @final
@@ -91,6 +95,8 @@ class HFTokenizer(Tokenizer):
         pad = [named["pad_token"]] if named.get("pad_token") else _PAD_NAMES
         found = [self._inner.token_to_id(name) for name in pad]
         self.pad_id = next((i for i in found if i is not None), self.eos_id)
+        if named.get("bos_token"):
+            self.bos_id = self._special(named["bos_token"], (), path)
         self.identity = "hf:" + ",".join(file_sha256(file) for file in files)
 
     def _special(self, name: str | None, usual: Sequence[str], path: Path) -> int:
@@ -98,6 +104,10 @@ class HFTokenizer(Tokenizer):
             token_id = self._inner.token_to_id(candidate)
             if token_id is not None:
                 return int(token_id)
+        if name:
+            raise UserError(
+                f"{path}: tokenizer_config.json names {name!r}, which is not in the vocabulary"
+            )
         raise UserError(
             f"{path} has no end-of-document token: expected one of {list(usual)}, "
             "or eos_token in the tokenizer_config.json beside it"
@@ -115,7 +125,7 @@ class HFTokenizer(Tokenizer):
 
     def token_text(self, token_id: int) -> str:
         text = self._inner.decode([token_id], skip_special_tokens=False)
-        return _printable(text) if text and "\ufffd" not in text else self._piece(token_id)
+        return printable(text) if text and "\ufffd" not in text else self._piece(token_id)
 
     def _piece(self, token_id: int) -> str:
         # Part of a character, or an id in a hole of the vocabulary: its own name is all there is.
@@ -128,14 +138,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         path: The file.
+        inner: What the library makes of it.
     """
 
-    def __init__(self, path: Path) -> None:
-        sentencepiece = require("sentencepiece", extra="hf")
-        try:
-            self._inner: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path} is not a SentencePiece model: {error}") from error
+    def __init__(self, path: Path, inner: Any) -> None:
+        self._inner = inner
         self.vocab_size = self._inner.vocab_size()
         self.eos_id = self._inner.eos_id()
         if self.eos_id < 0:
@@ -150,7 +157,7 @@ class SentencePieceTokenizer(Tokenizer):
         return str(self._inner.decode([int(i) for i in ids]))
 
     def token_text(self, token_id: int) -> str:
-        return _printable(self._inner.id_to_piece(token_id).replace("\u2581", " "))
+        return printable(self._inner.id_to_piece(token_id).replace("\u2581", " "))
 
 
 def load_tokenizer(
@@ -159,32 +166,57 @@ def load_tokenizer(
     """A tokenizer from its name or file.
 
     Args:
-        spec: ``"byte"``; a ``tokenizer.json``; a SentencePiece ``.model`` file; a folder that holds
-            either; or a tokenizer's name in the catalog, which is then fetched.
+        spec: ``"byte"`` or ``"byte-ul2"``; a ``tokenizer.json``; a SentencePiece ``.model`` file; a
+            folder that holds either; or a tokenizer's name in the catalog, which is then fetched.
         cache: As in ``fetch``.
         say: As in ``fetch``.
 
     Raises:
         UserError: If there is no such file, or it is not a tokenizer.
     """
-    if spec == "byte":
-        return ByteTokenizer()
-    path = Path(spec).expanduser()
-    if spec in CATALOG and not path.exists():
-        path = _fetched(spec, cache, say)
-    if not path.exists():
+    from expertmesh.data.sentinels import BYTE_SENTINELS, ByteSentinelTokenizer
+
+    if spec in ("byte", BYTE_SENTINELS):
+        return ByteTokenizer() if spec == "byte" else ByteSentinelTokenizer()
+    path = tokenizer_path(spec, cache=cache, say=say)
+    if path is None:
         known = [name for name, entry in CATALOG.items() if entry.kind == "tokenizer"]
         raise UserError(
             f"tokenizer {spec!r} is neither a file nor a folder; "
-            f"set it to 'byte', to a path, or to one of {known}"
+            f"set it to 'byte', {BYTE_SENTINELS!r}, a path, or one of {known}"
         )
     if path.is_dir():
         models = sorted(path.glob("*.model"))
-        if models and not (path / "tokenizer.json").exists():
+        # T5's file wins over tokenizer.json, which reads "</s>" within a text as its end.
+        if models and (models[0].name == "spiece.model" or not (path / "tokenizer.json").exists()):
             path = models[0]
     if path.is_dir() or path.suffix == ".json":
         return HFTokenizer(path)
-    return SentencePieceTokenizer(path)
+    return _sentencepiece(path)
+
+
+def tokenizer_path(
+    spec: str, *, cache: str | PathLike[str] | None = None, say: Say = say_to_stderr
+) -> Path | None:
+    """The file or folder that ``load_tokenizer`` reads; None where bytes are all there is.
+
+    The arguments are those of ``load_tokenizer``.
+    """
+    path = Path(spec).expanduser()
+    if spec in CATALOG and not path.exists():
+        path = _fetched(spec, cache, say)
+    return path if path.exists() else None
+
+
+def _sentencepiece(path: Path) -> Tokenizer:
+    from expertmesh.data.sentinels import T5Tokenizer, is_t5
+
+    sentencepiece = require("sentencepiece", extra="hf")
+    try:
+        inner = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} is not a SentencePiece model: {error}") from error
+    return T5Tokenizer(path, inner) if is_t5(inner) else SentencePieceTokenizer(path, inner)
 
 
 def _fetched(name: str, cache: str | PathLike[str] | None, say: Say) -> Path:
@@ -227,12 +259,16 @@ def _load_bpe(vocabulary: Path, merges: Path) -> Any:
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """``eos_token`` and ``pad_token`` of a tokenizer_config.json, where there is one."""
+    """``eos_token`` and ``pad_token`` of a tokenizer_config.json, where there is one.
+
+    And ``bos_token``, where it says that one is added.
+    """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}
     config = json.loads(path.read_text(encoding="utf-8"))
-    tokens = {key: config.get(key) for key in ("eos_token", "pad_token")}
+    keys = ["eos_token", "pad_token", *(["bos_token"] if config.get("add_bos_token") else [])]
+    tokens = {key: config.get(key) for key in keys}
     return {
         key: token["content"] if isinstance(token, dict) else token
         for key, token in tokens.items()
@@ -240,7 +276,7 @@ def _special_names(folder: Path) -> dict[str, str]:
     }
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Spaces and control characters made visible."""
     shown = text.replace(" ", "\u2423")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

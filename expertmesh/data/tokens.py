@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ from expertmesh.errors import UserError
 
 # Change when the files' layout or the split changes: old caches are then not read.
 _FORMAT = 1
-_DOCUMENTS_AT_ONCE = 256
+_DOCUMENTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -89,41 +90,79 @@ def tokenize(
     return _load(folder)
 
 
-def _load(folder: Path) -> SplitTokens:
-    manifest = verified(folder, "it is made anew")
-    streams = [_open(folder, part, manifest["dtype"]) for part in ("train", "val")]
-    facts = {name: value for name, value in manifest.items() if name not in ("files", "dtype")}
-    return SplitTokens(train=streams[0], val=streams[1], facts=facts)
+class StreamWriter:
+    """Writes one stream, document by document, with memory of 8 bytes for each.
+
+    Args:
+        folder: Where ``NAME.bin`` and ``NAME_offsets.npy`` go.
+        name: Of the stream.
+        dtype: Of the ids.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self._offsets = folder / f"{name}_offsets.npy"
+        self._file = (folder / f"{name}.bin").open("wb")
+        self._dtype = dtype
+        self._ends = array("q", [0])
+
+    def add(self, ids: NDArray[Any]) -> None:
+        """Append a document."""
+        ids.astype(self._dtype).tofile(self._file)
+        self._ends.append(self._ends[-1] + len(ids))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self._ends[-1]
+
+    def __enter__(self) -> "StreamWriter":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._file.close()
+        np.save(self._offsets, np.asarray(self._ends, np.int64), allow_pickle=False)
 
 
-def _open(folder: Path, part: str, dtype: str) -> TokenStream:
-    offsets = np.load(folder / f"{part}_offsets.npy", allow_pickle=False)
-    path = folder / f"{part}.bin"
+def open_stream(folder: Path, name: str, dtype: str) -> TokenStream:
+    """Map a stream that ``StreamWriter`` wrote."""
+    offsets = np.load(folder / f"{name}_offsets.npy", mmap_mode="r", allow_pickle=False)
+    path = folder / f"{name}.bin"
     # An empty file cannot be mapped.
     tokens = np.memmap(path, dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
     return TokenStream(tokens, offsets)
 
 
+def id_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The smallest of two unsigned types that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def _load(folder: Path) -> SplitTokens:
+    manifest = verified(folder, "it is made anew")
+    streams = [open_stream(folder, part, manifest["dtype"]) for part in ("train", "val")]
+    facts = {name: value for name, value in manifest.items() if name not in ("files", "dtype")}
+    return SplitTokens(train=streams[0], val=streams[1], facts=facts)
+
+
 def _write(work: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> dict[str, Any]:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtype = id_dtype(tokenizer)
     how, pieces = split(corpus.documents, val_fraction)
-    ends: dict[str, list[int]] = {"train": [0], "val": [0]}
-    with (work / "train.bin").open("wb") as train, (work / "val.bin").open("wb") as val:
-        files = {"train": train, "val": val}
+    with StreamWriter(work, "train", dtype) as train, StreamWriter(work, "val", dtype) as val:
+        streams = {"train": train, "val": val}
         for part, ids in _encoded(pieces, tokenizer):
-            np.append(ids, tokenizer.eos_id).astype(dtype).tofile(files[part])
-            ends[part].append(ends[part][-1] + len(ids) + 1)
-    if not ends["train"][-1]:
+            streams[part].add(np.append(ids, tokenizer.eos_id))
+    if not train.num_documents:
         raise UserError(f"data.source {corpus.provenance['source']!r} holds no text")
-    for part, offsets in ends.items():
-        np.save(work / f"{part}_offsets.npy", np.asarray(offsets, np.int64), allow_pickle=False)
     return {
         "dtype": dtype.name,
         "split": how,
-        "train_documents": len(ends["train"]) - 1,
-        "val_documents": len(ends["val"]) - 1,
-        "train_tokens": ends["train"][-1],
-        "val_tokens": ends["val"][-1],
+        "train_documents": train.num_documents,
+        "val_documents": val.num_documents,
+        "train_tokens": train.num_tokens,
+        "val_tokens": val.num_tokens,
     }
 
 

@@ -1,3 +1,5 @@
+import json
+import re
 import zipfile
 
 import pytest
@@ -63,6 +65,25 @@ def test_show_a_file(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"q": "why", "a": "so"}\n')
     assert main(["show", str(tmp_path / "a.jsonl"), "--fields", "q", "a"]) == 0
     assert capsys.readouterr().out.endswith("why\nso\n")
+
+
+def test_preview_a_file_and_a_run_file(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "why? ", "completion": "so"}\n' * 9)
+    source = str(tmp_path / "a.jsonl")
+    expected = (
+        "sample 0 of 9: 7 tokens, 3 to learn, 1 padding\n  given | why? \n  learn | so<eos>\n\n"
+    )
+    given = ["--kind", "instructions", "--seq-len", "8", "--samples", "1"]
+    (tmp_path / "run.toml").write_text(
+        '[model]\npreset = "nano"\n[data]\nkind = "instructions"\nval_fraction = 0\n'
+        f"source = {json.dumps(source)}\n"
+    )
+    assert main(["preview", str(tmp_path / "run.toml"), *given]) == 0
+    assert re.sub(r"sample \d", "sample 0", capsys.readouterr().out) == expected
+    with pytest.raises(UserError, match=r"has 1 question, too few .*data\.val_fraction = 0"):
+        main(["preview", source, *given])
+    with pytest.raises(UserError, match=r"data\.seq_len: expected an integer, got 'x'"):
+        main(["preview", source, "--seq-len", "x"])
 
 
 def test_a_misspelt_name_fetches_nothing(tales, tmp_path):

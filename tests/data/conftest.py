@@ -117,6 +117,32 @@ class Numbers(Dataset):
         return Sample(row, row + 1, self.seq_len)
 
 
+@pytest.fixture(scope="session")
+def t5_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small SentencePiece model that has T5's special ids, and 20 extra ids."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("t5")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The experts share the work.", "abababab aaaa bbbb"] * 8),
+        model_writer=model,
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"extra_ids": 20}')
+    return folder
+
+
 @pytest.fixture
 def numbers() -> type[Numbers]:
     return Numbers

@@ -2,8 +2,8 @@ import re
 
 import pytest
 
+from expertmesh.data import DataConfig, build_data
 from expertmesh.data.catalog import CATALOG, find
-from expertmesh.data.config import DataConfig, build_data
 from expertmesh.data.sources import NpmPackage
 from expertmesh.data.tokenizer import load_tokenizer
 from expertmesh.errors import UserError

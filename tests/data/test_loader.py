@@ -97,3 +97,19 @@ def test_refusals(numbers):
         Loader(numbers(0), batch_size=1, seed=0)
     with pytest.raises(UserError, match="step must be at least 0, got -1"):
         Loader(numbers(3), batch_size=1, seed=0).batch(-1)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch_size", "epochs", "steps"),
+    [(12, 4, 1, 3), (12, 5, 1, 3), (12, 5, 2, 5), (12, 4, 0.5, 2), (1, 8, 1, 1)],
+)
+def test_epochs_as_steps(numbers, length, batch_size, epochs, steps):
+    loader = Loader(numbers(length), batch_size=batch_size, seed=0)
+    assert loader.steps(epochs) == steps
+    assert loader.epoch(steps) >= epochs > loader.epoch(steps - 1)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("inf"), float("nan")])
+def test_epochs_must_be_positive(numbers, epochs):
+    with pytest.raises(UserError, match="epochs must be a positive number"):
+        Loader(numbers(4), batch_size=2, seed=0).steps(epochs)

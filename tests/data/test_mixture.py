@@ -2,6 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from expertmesh.data.loader import Loader, in_order
 from expertmesh.data.mixture import Mixture
@@ -90,3 +91,23 @@ def test_other_refusals(mixture, numbers):
         Mixture({"a": numbers(1), "b": numbers(1, seq_len=3)}, {"a": 1, "b": 1})
     with pytest.raises(UserError, match="got weights for"):
         Mixture({"a": numbers(1)}, {"b": 1})
+
+
+def test_many_sources_of_very_different_sizes_and_weights(mixture):
+    """The nine parts of a pre-training mixture, resumed anywhere."""
+    weights = [7.5, 2.25, 1.0, 1.25, 2.25, 2.25, 33.5, 0.5, 50.0]
+    lengths = [500, 3, 1, 40, 2, 900, 10, 70, 25]
+    mixed = mixture(weights, lengths)
+    whole = Loader(mixed, batch_size=31, seed=3)
+    drawn = [whole.batch(step) for step in range(250)]
+    for step in (0, 117, 249):
+        fresh = Loader(mixture(weights, lengths), batch_size=31, seed=3).batch(step)
+        assert torch.equal(fresh.tokens_BS, drawn[step].tokens_BS)
+        assert torch.equal(fresh.sample_index_B, drawn[step].sample_index_B)
+    places = torch.cat([batch.tokens_BS[:, 0] for batch in drawn])[: 4 * len(mixed)]
+    for part, (weight, length) in enumerate(zip(weights, lengths, strict=True)):
+        own = places[places // 1000 == part] % 1000
+        # Whole places of four epochs.
+        assert abs(len(own) - 4 * weight / sum(weights) * len(mixed)) < 4
+        counts = torch.bincount(own, minlength=length)
+        assert int(counts.max() - counts.min()) <= 1

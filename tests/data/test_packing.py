@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from expertmesh.data.packing import DocumentDataset, PackedDataset
+from expertmesh.data.packing import (
+    DocumentDataset,
+    DocumentFromBosDataset,
+    PackedDataset,
+    PackedFromBosDataset,
+)
 from expertmesh.data.tokens import TokenStream
 
 EOS, PAD = 100, 101
@@ -63,3 +68,29 @@ def test_every_token_of_a_document_but_its_first_is_a_target_once(seq_len):
 
 def test_no_document_no_row():
     assert len(DocumentDataset(stream(), 4, PAD)) == 0
+
+
+@pytest.mark.parametrize("seq_len", [1, 3, 4, 7])
+def test_packed_rows_behind_a_first_token(seq_len):
+    data = stream(3, 1, 6, 2)
+    packed = PackedFromBosDataset(data, seq_len, 99)
+    samples = [packed[i] for i in range(len(packed))]
+    targets = np.concatenate([s.targets_S for s in samples])
+    assert targets.tolist() == data.tokens[: len(targets)].tolist()
+    assert len(data.tokens) - len(targets) < seq_len
+    for sample in samples:
+        assert sample.tokens_S.tolist() == [99, *sample.targets_S[:-1].tolist()]
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 3, 5, 9])
+def test_documents_behind_a_first_token(seq_len):
+    data = stream(3, 1, 6, 2)
+    rows = DocumentFromBosDataset(data, seq_len, bos_id=99, pad_id=PAD)
+    samples = [rows[i] for i in range(len(rows))]
+    targets = np.concatenate([s.targets_S for s in samples])
+    assert targets[targets != -100].tolist() == data.tokens.tolist()
+    for sample in samples:
+        kept = sample.targets_S != -100
+        assert int(kept.sum()) == sample.num_tokens
+        assert sample.tokens_S[kept].tolist() == [99, *sample.targets_S[kept][:-1].tolist()]
+        assert (sample.tokens_S[~kept] == PAD).all()

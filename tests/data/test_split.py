@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from expertmesh.data.split import ENOUGH_DOCUMENTS, split
+from expertmesh.data.split import ENOUGH_DOCUMENTS, HeldOut, split
 from expertmesh.errors import UserError
 
 
@@ -66,3 +66,21 @@ def test_nothing_held_out():
 def test_a_wrong_fraction(fraction):
     with pytest.raises(UserError, match="val_fraction must be at least 0 and below 1"):
         split(lambda: iter([]), fraction)
+
+
+def test_many_documents_are_held_out_by_their_hash_alone(monkeypatch):
+    monkeypatch.setattr("expertmesh.data.split._EXACT_DOCUMENTS", 1000)
+    many = [f"document {i}" for i in range(20_000)]
+    read = []
+
+    def documents():
+        for text in many:
+            read.append(text)
+            yield text
+
+    held_out = HeldOut.of(documents(), 0.1)
+    # Reading stops as soon as exact counting is given up.
+    assert len(read) == 1001
+    share = sum(text in held_out for text in many) / len(many)
+    assert abs(share - 0.1) < 3 * (0.1 * 0.9 / len(many)) ** 0.5
+    assert held_out == HeldOut.of(iter(reversed(many)), 0.1)

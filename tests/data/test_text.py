@@ -5,7 +5,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from expertmesh.data import text
+from expertmesh.data import source_files
 from expertmesh.data.text import read_corpus, read_file
 from expertmesh.errors import UserError
 
@@ -118,7 +118,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     write(tmp_path / "a.txt", "x")
-    monkeypatch.setattr(text, "file_sha256", refuse)
+    monkeypatch.setattr(source_files, "file_sha256", refuse)
     with pytest.raises(UserError, match=r"cannot read .*a\.txt: Permission denied"):
         read_corpus(str(tmp_path))
 
