@@ -56,15 +56,24 @@ def main(argv: Sequence[str]) -> int:
 
         print(describe_fake_world(run, args.fake_world))
         return 0
-    with joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
-        return _train(run)
-
-
-def _train(run: "RunFile") -> int:
-    from expertmesh.train.display import NoDisplay, make_display
     from expertmesh.train.loop import Trainer
 
-    trainer = Trainer(run)
+    with joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
+        return train(Trainer(run))
+
+
+def train(trainer: "Trainer") -> int:
+    """Take a run to its end, and say how it goes.
+
+    Args:
+        trainer: The run; all ranks call together.
+
+    Returns:
+        The exit status.
+    """
+    from expertmesh.train.display import NoDisplay, make_display
+
+    run = trainer.run
     speaks = trainer.ranks.first
     if trainer.done and (run.folder / EXPERT_TOKENS).exists():
         if speaks:
@@ -116,6 +125,7 @@ def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
     """The last evaluation, with the tokens that each expert takes."""
     from expertmesh.train.evaluate import ExpertTokens
     from expertmesh.train.files import write_whole
+    from expertmesh.train.published import PUBLISHED
 
     table: dict[str, object] = {"layers": {}}
     evaluation = outcome.evaluation
@@ -135,5 +145,7 @@ def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
             f"val      loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}{per_byte}"
         )
     print(f"weights  {trainer.checkpoints.complete()[-1].path}")
+    if run.train.save_published:
+        print(f"         {run.folder / PUBLISHED}")
     print(f"next     expertmesh generate {run.folder} --prompt TEXT")
     print(f"         expertmesh report {run.folder}")

@@ -1,12 +1,14 @@
 """A run's model, laid out over its mesh, and how batches run through it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from expertmesh.errors import UserError
-from expertmesh.models.decoder import DecoderLM
+from expertmesh.models.decoder import DecoderLM, OutputLayer
 from expertmesh.train.compilation import compile_model
 from expertmesh.train.config import RunFile
 from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline
@@ -80,8 +82,18 @@ def _alone(run: RunFile, device: torch.device) -> Passes:
     model = build_model(run, device)
     if run.train.checkpoint_activations:
         model.checkpoint_blocks()
-    forward = compile_model(model, device) if run.train.compile else None
+    forward = _compiled(model, device) if run.train.compile else None
     return OneByOne(model, forward=forward, **_common(run, device))
+
+
+def _compiled(model: DecoderLM, device: torch.device) -> Callable[..., Tensor]:
+    """The model with its blocks compiled. The loss is outside: see ``linear_cross_entropy``."""
+    hidden = compile_model(model.hidden, device)
+
+    def forward(tokens_BS: Tensor, *, output: OutputLayer, **arguments: Any) -> Tensor:
+        return model.logits(hidden(tokens_BS, **arguments), output)
+
+    return forward
 
 
 def _common(run: RunFile, device: torch.device) -> dict[str, Any]:
@@ -89,6 +101,7 @@ def _common(run: RunFile, device: torch.device) -> dict[str, Any]:
         "precision": Precision(run.train.precision),
         "device": device,
         "sequences": run.train.sequences,
+        "loss": run.loss.kind,
     }
 
 

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertmesh.errors import UserError
 
 _DEFAULT_COMPILERS = {"darwin": "clang++", "win32": "cl"}
 
 
-def compile_model(model: nn.Module, device: torch.device) -> Callable[..., Any]:
+def compile_model(model: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The compiled model; code is made at its first call.
 
     Args:
-        model: What is to be compiled.
+        model: A module, or one of its methods.
         device: Where it runs; on a CPU torch writes C++, which needs a compiler.
 
     Raises:

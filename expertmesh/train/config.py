@@ -1,11 +1,13 @@
 """A run as one value: what a run file and the command line's overrides say, checked."""
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from expertmesh.data import DataConfig
 from expertmesh.errors import UserError
+from expertmesh.kernels.cross_entropy import CrossEntropy
 from expertmesh.models.config import DecoderConfig
 from expertmesh.train import toml
 from expertmesh.train.files import write_whole
@@ -44,11 +46,48 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a new run's weights are; one that is continued has its own.
+
+    Attributes:
+        from_: ``init.from``: a folder of published weights, or the name of such a model on the
+            hub. Empty: random values.
+    """
+
+    from_: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """A token's loss in training; evaluation measures plain cross entropy.
+
+    Attributes:
+        label_smoothing: Share of the target's probability spread over all words.
+        z_loss: Weight of the squared log of the softmax's normaliser.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            _ = self.kind
+        except ValueError as error:
+            raise UserError(f"loss.{error}") from None
+
+    @property
+    def kind(self) -> CrossEntropy:
+        """The same, as the loss takes it."""
+        return CrossEntropy(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop.
 
     Attributes:
         steps: Optimizer steps.
+        epochs: In place of ``steps``: so many that each sample comes so often, rounded up.
         batch: Sequences of one optimizer step, over the whole mesh.
         micro_batch: Sequences of one forward pass, over the whole mesh; None is ``batch``.
         precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (dynamic loss scale).
@@ -58,9 +97,12 @@ class TrainConfig:
         save_every: Steps between checkpoints; the last step always makes one. 0: only the last.
         keep: Checkpoints kept.
         async_save: Write checkpoints in a thread while training goes on.
+        save_published: After the last step, also write the weights as the model's authors publish
+            them.
     """
 
     steps: int = 1000
+    epochs: float | None = None
     batch: int = 16
     micro_batch: int | None = None
     precision: PrecisionName = "fp32"
@@ -70,8 +112,11 @@ class TrainConfig:
     save_every: int = 200
     keep: int = 2
     async_save: bool = False
+    save_published: bool = False
 
     def __post_init__(self) -> None:
+        if self.epochs is not None:
+            self._check_epochs(self.epochs)
         least_values = {"steps": 1, "batch": 1, "log_every": 1, "save_every": 0, "keep": 1}
         for name, least in least_values.items():
             value = getattr(self, name)
@@ -84,6 +129,15 @@ class TrainConfig:
             raise UserError(
                 f"train.micro_batch must divide train.batch={self.batch}, got {self.micro_batch}; "
                 f"set train.micro_batch = {_nearest_divisor(self.batch, self.sequences)}"
+            )
+
+    def _check_epochs(self, epochs: float) -> None:
+        if not 0 < epochs < math.inf:
+            raise UserError(f"train.epochs must be above 0, got {epochs}; set train.epochs = 1")
+        if self.steps != TrainConfig.steps:
+            raise UserError(
+                f"train.epochs takes the place of train.steps, got epochs={epochs} with "
+                f"steps={self.steps}; set one of them, the other to null or out of the run file"
             )
 
     @property
@@ -128,16 +182,20 @@ class RunFile:
     Attributes:
         run: Folder, seed, device.
         model: The decoder; in a file, ``preset = NAME`` gives values to begin from.
+        init: Weights to begin from.
+        loss: What a token's loss is.
         data: What is read, and how it is cut into samples.
         train: The loop.
-        optim: AdamW and its schedule.
+        optim: The optimizer and its schedule.
         eval: Evaluation.
         mesh: Processes.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
     model: DecoderConfig
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -149,6 +207,10 @@ class RunFile:
                 f"model.losses must be 'attach' in a run, got {self.model.losses!r}: the trainer "
                 "adds no balance losses by itself; leave it out"
             )
+
+    def of_length(self, steps: int) -> "RunFile":
+        """The run with so many steps, whatever it says of epochs."""
+        return replace(self, train=replace(self.train, steps=steps, epochs=None))
 
     @property
     def folder(self) -> Path:
@@ -174,7 +236,9 @@ class RunFile:
         tables["model"]["router_options"] = {
             key: NOTHING if value is None else value for key, value in options.items()
         }
-        return toml.dumps(tables)
+        return toml.dumps(
+            {name: {as_key(k): v for k, v in table.items()} for name, table in tables.items()}
+        )
 
     def save(self) -> Path:
         """Write ``config.toml`` into the run's folder, whole or not at all."""
@@ -186,11 +250,16 @@ def differences(old: RunFile, new: RunFile) -> list[str]:
     before: dict[str, Any] = asdict(old)
     after: dict[str, Any] = asdict(new)
     return [
-        f"{section}.{key}: {value!r} -> {after[section][key]!r}"
+        f"{section}.{as_key(key)}: {value!r} -> {after[section][key]!r}"
         for section, values in before.items()
         for key, value in values.items()
         if value != after[section][key]
     ]
+
+
+def as_key(field_name: str) -> str:
+    """A field's name in a run file: one that is Python's own word ends with ``_`` in code."""
+    return field_name.rstrip("_")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -69,6 +69,7 @@ def _work(run: RunFile, grid: Grid, settings: MeshConfig) -> Work:
         num_micro_batches=run.train.batch // sequences,
         narrow=4 if run.train.precision == "fp32" else 2,
         recompute=run.train.checkpoint_activations,
+        optimizer=run.optim.name,
     )
 
 

@@ -18,6 +18,7 @@ from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
 from expertmesh.train.config import CONFIG, RunFile, differences
 from expertmesh.train.display import Display
 from expertmesh.train.evaluate import Evaluation, Evaluator
+from expertmesh.train.first_choices import FirstChoices
 from expertmesh.train.logger import RunLogger
 from expertmesh.train.optimizer import build_optimizer, set_lr
 from expertmesh.train.precision import pick_device
@@ -30,6 +31,7 @@ from expertmesh.train.progress import (
     routing_summaries,
 )
 from expertmesh.train.provenance import check_same_data, save_provenance
+from expertmesh.train.published import check_publishable, load_initial, publish
 from expertmesh.train.run_file import load_run_file
 from expertmesh.train.signals import StopRequest
 from expertmesh.train.step import Stepper, StepResult, check_finite
@@ -68,6 +70,7 @@ class Trainer:
     """
 
     def __init__(self, run: RunFile, data: DataBundle | None = None) -> None:
+        check_publishable(run)
         self.run = run
         self.device = local_device(pick_device(run.run.device))
         self.mesh = run.mesh.build(joined_world(), run.model.num_experts, self.device)
@@ -77,18 +80,20 @@ class Trainer:
             run.folder / CHECKPOINTS, keep=run.train.keep, group=self._everyone
         )
         resume_from, self.notes = self._find_checkpoint()
-        self.data = build_data(run.data) if data is None else data
+        self.data = self._read_data() if data is None else data
         same_on_all_ranks({"data": _identity(self.data)}, self.ranks)
         check_data_fits(run, self.data)
         if resume_from is not None:
             check_same_data(run.folder, self.data.provenance)
         self.loader = Loader(self.data.train, batch_size=run.train.batch, seed=run.run.seed)
+        if run.train.epochs is not None:
+            self.run = run = run.of_length(self.loader.steps(run.train.epochs))
         self.evaluator = make_evaluator(run, self.data)
         self.passes = build_passes(run, self.device, self.mesh)
         self.model = self.passes.model
         self.stepper = Stepper(
             self.passes,
-            build_optimizer(self.model, run.optim),
+            build_optimizer(self.model, run.optim, self.mesh),
             seed=run.run.seed,
             clip=run.optim.clip,
         )
@@ -96,6 +101,8 @@ class Trainer:
         self.step = 0
         if resume_from is not None:
             self._restore(resume_from)
+        elif run.init.from_:
+            load_initial(self.passes.model, run.init.from_, self.mesh)
 
     @property
     def done(self) -> bool:
@@ -135,6 +142,8 @@ class Trainer:
             if saved_step != self.step:
                 self.save()
             self.checkpoints.wait()
+            if self.done and self.run.train.save_published:
+                publish(self.passes.model, self.run, self.mesh)
         stopped_by = None if self.done else stop.name or "a signal to another rank"
         return Outcome(self.step, stopped_by, evaluation)
 
@@ -150,7 +159,8 @@ class Trainer:
         state = {
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds,
-            "scaler": self.stepper.scaler.state_dict(),
+            "scaler": self.stepper.loss_scale.state_dict(),
+            "optimizer": self.run.optim.name,
         }
         return self.checkpoints.save(
             self.step,
@@ -202,11 +212,16 @@ class Trainer:
         # The layers' counters are read before the evaluation, which counts too.
         summaries = routing_summaries(self.model, self.mesh, self.ranks)
         metrics: dict[str, Any] = {"step": self.step, "loss": result.loss}
+        layers = layer_entries(summaries)
         evaluation = None
         if evaluate and self.evaluator is not None:
             with self.ranks.together():
                 check_finite(self.model, self.step)
-            evaluation = self.evaluator(self.passes)
+            with FirstChoices(self.model) as first_choices:
+                evaluation = self.evaluator(self.passes)
+            first_choices.add_other_ranks(self.ranks)
+            for name, statistics in first_choices.statistics().items():
+                layers[name]["by_token"] = statistics
             metrics["val_loss"] = evaluation.loss
             if evaluation.bits_per_byte is not None:
                 metrics["val_bits_per_byte"] = evaluation.bits_per_byte
@@ -221,12 +236,18 @@ class Trainer:
             "tokens": self.clock.tokens,
             "seconds": self.clock.seconds,
         }
-        if self.stepper.scaler.is_enabled():
-            metrics["loss_scale"] = self.stepper.scaler.get_scale()
+        if self.stepper.loss_scale.enabled:
+            metrics["loss_scale"] = self.stepper.loss_scale.scale
         if logger is not None:
-            logger.log(metrics, layer_entries(summaries))
+            logger.log(metrics, layers)
         display.log(metrics)
         return evaluation
+
+    def _read_data(self) -> DataBundle:
+        """All ranks read; one tells of it."""
+        if self.ranks.first:
+            return build_data(self.run.data)
+        return build_data(self.run.data, say=lambda _: None)
 
     def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         if self.run.run.resume == "none" and self.checkpoints.complete():
@@ -237,11 +258,15 @@ class Trainer:
         return self.checkpoints.newest_valid()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state()
+        if (saved := state.get("optimizer", "adamw")) != (name := self.run.optim.name):
+            raise UserError(
+                f"{checkpoint.path} holds the state of optim.name={saved!r}, got {name!r}; "
+                f'set optim.name = "{saved}", or run.dir to a new folder'
+            )
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
-        state = checkpoint.state()
-        if self.stepper.scaler.is_enabled() and state["scaler"]:
-            self.stepper.scaler.load_state_dict(state["scaler"])
+        self.stepper.loss_scale.load_state_dict(state["scaler"])
         self.clock = Clock(state["seconds"], state["tokens"])
         self.step = checkpoint.step
 

@@ -33,6 +33,7 @@ class MicroBatch:
         token_index_BS: Index, in the step's whole batch, of each of this rank's positions.
         share: The micro-batch's part of the step's tokens that are not padding, on all ranks.
         cache: The slices before this rank's, under context parallel.
+        padded_at_end: Whether padding only follows a row's tokens, as the data's does.
     """
 
     tokens_BS: Tensor
@@ -41,14 +42,19 @@ class MicroBatch:
     token_index_BS: Tensor
     share: float
     cache: KeyValueCache | None = None
+    padded_at_end: bool = False
 
     def arguments(self, seed: int, step: int) -> dict[str, Any]:
         """What ``DecoderLM.forward`` is given beside the tokens."""
         return {
-            "padding_mask": self.padding_mask_BS,
+            **self.padding(),
             "key": RandomKey.of(seed, step, self.token_index_BS),
             "cache": self.cache,
         }
+
+    def padding(self) -> dict[str, Any]:
+        """Of that, what says where padding is."""
+        return {"padding_mask": self.padding_mask_BS, "padded_at_end": self.padded_at_end}
 
 
 def micro_batches(
@@ -107,7 +113,7 @@ def _part_of_rank(
         padding = cache.seen(padding)
     if own_part is not None:
         targets, index = own_part(targets, 1), own_part(index, 1)
-    return MicroBatch(tokens, targets, padding, index, share, cache)
+    return MicroBatch(tokens, targets, padding, index, share, cache, part.padded_at_end)
 
 
 def _on_device(rows: Batch, index_BS: Tensor, share: float, device: torch.device) -> MicroBatch:
@@ -120,4 +126,6 @@ def _on_device(rows: Batch, index_BS: Tensor, share: float, device: torch.device
         padding_mask_BS=padding,
         token_index_BS=index_BS.to(device),
         share=share,
+        # Asked on the host, where it costs no synchronisation.
+        padded_at_end=mask is not None and bool((mask[:, 1:] >= mask[:, :-1]).all()),
     )

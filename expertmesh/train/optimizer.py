@@ -1,6 +1,7 @@
-"""AdamW with the parameters sorted into those that decay and those that do not."""
+"""The optimizer by name, with the parameters sorted into those that decay and those that do not."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -9,24 +10,31 @@ from expertmesh.errors import UserError
 from expertmesh.shards import is_sharded
 from expertmesh.train.schedule import ScheduleName
 
+if TYPE_CHECKING:
+    from expertmesh.parallel.mesh import Mesh
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter, 2019) and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
+        name: ``"adamw"`` (Loshchilov and Hutter, 2019), or ``"adafactor"`` (Shazeer and Stern,
+            2018), whose rate is relative to each parameter's size and whose state is small.
         lr: Peak learning rate.
         schedule: Shape after the warm-up; see ``Schedule``.
         warmup_steps: Optimizer steps of linear warm-up.
         decay_steps: Length of the last phase of ``"wsd"``, in optimizer steps.
         final: Last factor of ``lr``, for ``"cosine"`` and ``"wsd"``.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        eps: Added to the root of AdamW's second moment.
+        beta2_decay: Adafactor's second moment decays by ``1 - step ** -beta2_decay``.
         weight_decay: Decoupled decay, of matrices and expert stacks only.
         clip: Largest global norm of the gradient; 0 does not clip.
     """
 
+    name: Literal["adamw", "adafactor"] = "adamw"
     lr: float = 1e-3
     schedule: ScheduleName = "cosine"
     warmup_steps: int = 0
@@ -35,12 +43,14 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    beta2_decay: float = 0.8
     weight_decay: float = 0.1
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.final <= 1.0:
             raise UserError(f"optim.final must be between 0 and 1, got {self.final}")
+        self._refuse_what_does_nothing()
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not 0.0 <= value < 1.0:
@@ -52,11 +62,24 @@ class OptimConfig:
         if not self.eps > 0:
             # An expert that got no token has moments of 0: its step would be 0 / 0.
             raise UserError(f"optim.eps must be above 0, got {self.eps}; set optim.eps = 1e-8")
+        if not self.beta2_decay > 0:
+            raise UserError(f"optim.beta2_decay must be above 0, got {self.beta2_decay}; set 0.8")
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise UserError(
                 f"optim.decay_steps is the last phase of schedule 'wsd' and of no other, got "
                 f"decay_steps={self.decay_steps} with schedule={self.schedule!r}; set both or none"
             )
+
+    def _refuse_what_does_nothing(self) -> None:
+        of_name = {"adamw": ("beta1", "beta2", "eps"), "adafactor": ("beta2_decay",)}
+        for owner, names in of_name.items():
+            for name in names:
+                value = getattr(self, name)
+                if owner != self.name and value != getattr(OptimConfig, name):
+                    raise UserError(
+                        f"optim.{name} is of optim.name = {owner!r}, got {name}={value} with "
+                        f"name={self.name!r}; leave it out"
+                    )
 
 
 def decays(name: str, param: nn.Parameter) -> bool:
@@ -68,19 +91,31 @@ def decays(name: str, param: nn.Parameter) -> bool:
     return param.dim() >= 2 and not name.endswith("bias")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over a model's trainable parameters.
-
-    The fused implementation is used where every parameter is on a device that has it (CPU, CUDA),
-    else the one that works on lists of tensors (``foreach``).
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, mesh: "Mesh | None" = None
+) -> torch.optim.Optimizer:
+    """The optimizer of a name over a model's trainable parameters.
 
     Args:
         model: Its parameters must be on their final device.
-        config: Rates and decay.
+        config: Which one, rates and decay.
+        mesh: What the model is laid out over; None is one process.
 
     Returns:
         An optimizer with groups of parameters that decay and that do not, in the model's order.
     """
+    groups = _groups(model, config.weight_decay)
+    if config.name == "adafactor":
+        from expertmesh.train.optimizers.adafactor import build_adafactor
+
+        return build_adafactor(groups, lr=config.lr, decay=config.beta2_decay, mesh=mesh)
+    from expertmesh.train.optimizers.adamw import build_adamw
+
+    betas = config.beta1, config.beta2
+    return build_adamw(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise UserError("the model has no trainable parameter")
@@ -93,19 +128,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
                 for name, param in trainable
                 if (decays(name, param), is_sharded(param)) == (decayed, sharded)
             ],
-            "weight_decay": config.weight_decay if decayed else 0.0,
+            "weight_decay": weight_decay if decayed else 0.0,
         }
         for decayed, sharded in kinds
     ]
-    fused = all(param.device.type in ("cpu", "cuda", "xpu") for _, param in trainable)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-        foreach=None if fused else True,
-    )
+    return [group for group in groups if group["params"]]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,11 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertmesh.data import Batch
-from expertmesh.data.dataset import IGNORE
+from expertmesh.errors import UserError
+from expertmesh.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from expertmesh.layer import set_loss_scale
 from expertmesh.train.micro_batch import MicroBatch, micro_batches
 from expertmesh.train.precision import Precision
@@ -20,23 +20,21 @@ if TYPE_CHECKING:
     from expertmesh.parallel.pipeline import Pipeline
 
 
-def token_loss(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Sum of the cross entropies of the target tokens, in nats, in float32 or wider."""
-    wide = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
-    return F.cross_entropy(
-        wide.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+PLAIN = CrossEntropy()
+"""What evaluation measures, whatever is trained: nats of the target token."""
 
 
 class Passes(ABC):
     """Forward and backward passes over the micro-batches of one batch.
 
     Args:
-        model: Holds the parameters; its MoE layers are told the loss scale.
+        model: Holds the parameters; its MoE layers are told the loss scale. It is given ``output``
+            as ``DecoderLM.forward`` is.
         precision: Autocast.
         device: Where the parameters are.
         sequences: Rows of a micro-batch, on the whole mesh.
         mesh: This rank's place; None is one process.
+        loss: What a token's loss is in training.
     """
 
     def __init__(
@@ -47,12 +45,14 @@ class Passes(ABC):
         device: torch.device,
         sequences: int,
         mesh: "Mesh | None" = None,
+        loss: CrossEntropy = PLAIN,
     ) -> None:
         self.model = model
         self.precision = precision
         self.device = device
         self.sequences = sequences
         self.mesh = mesh
+        self.loss = loss
 
     @abstractmethod
     def backward(self, batch: Batch, *, seed: int, step: int, scale: float) -> Tensor:
@@ -70,7 +70,10 @@ class Passes(ABC):
 
     @abstractmethod
     def nats(self, batch: Batch) -> float:
-        """The summed token losses of a batch, without gradients; the same on every rank."""
+        """The summed cross entropies of a batch, without gradients; the same on every rank.
+
+        Neither smoothing nor z-loss is in them.
+        """
 
     def parts(self, batch: Batch) -> Iterator[MicroBatch]:
         """What this rank computes of each micro-batch."""
@@ -108,9 +111,9 @@ class OneByOne(Passes):
             # A loss scale does not reach the losses that MoE layers attach: they are told it.
             set_loss_scale(self.model, scale * part.share)
             self._announce(last=place == len(parts) - 1)
+            output = partial(_loss, self.loss, part.targets_BS, 1 / batch.num_targets)
             with self.precision.autocast(self.device):
-                logits_BSV = self.forward(part.tokens_BS, **part.arguments(seed, step))
-            loss = token_loss(logits_BSV, part.targets_BS) / batch.num_targets
+                loss = self.forward(part.tokens_BS, output=output, **part.arguments(seed, step))
             (loss * scale).backward()
             losses.append(loss.detach())
         return self._everyones(sum(losses[1:], losses[0]))
@@ -119,14 +122,10 @@ class OneByOne(Passes):
     def nats(self, batch: Batch) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in self.parts(batch):
-            arguments = (
-                part.arguments(0, 0)
-                if self.mesh is not None
-                else {"padding_mask": part.padding_mask_BS}
-            )
+            arguments = part.padding() if self.mesh is None else part.arguments(0, 0)
+            output = partial(_loss, PLAIN, part.targets_BS, 1.0)
             with self.precision.autocast(self.device):
-                logits_BSV = self.model(part.tokens_BS, **arguments)
-            total += token_loss(logits_BSV, part.targets_BS)
+                total += self.model(part.tokens_BS, output=output, **arguments)
         return float(self._everyones(total))
 
     def _announce(self, *, last: bool) -> None:
@@ -150,21 +149,37 @@ class ThroughPipeline(Passes):
         self.pipeline = pipeline
 
     def backward(self, batch: Batch, *, seed: int, step: int, scale: float) -> Tensor:
-        pieces = self._pieces(batch, seed, step, 1 / batch.num_targets)
+        """See ``Passes.backward``.
+
+        Raises:
+            UserError: On every rank, if micro-batches have different numbers of rows: some ranks
+                might find theirs alike, and wait for the others.
+        """
+        num_rows = len(batch.tokens_BS)
+        if num_rows > self.sequences and num_rows % self.sequences:
+            raise UserError(
+                f"micro-batches of a pipeline must have one shape, got {num_rows} sequences in "
+                f"micro-batches of {self.sequences}; set train.micro_batch to a divisor of "
+                "train.batch"
+            )
+        pieces = self._pieces(batch, seed, step, self.loss, 1 / batch.num_targets)
         return self._everyones(self.pipeline.step(pieces, scale=scale))
 
     def nats(self, batch: Batch) -> float:
         # One at a time: those at the end of a data set may be of another shape.
-        parts = [self.pipeline.evaluate([piece]) for piece in self._pieces(batch, 0, 0, 1.0)]
+        pieces = self._pieces(batch, 0, 0, PLAIN, 1.0)
+        parts = [self.pipeline.evaluate([piece]) for piece in pieces]
         return float(self._everyones(sum(parts[1:], parts[0])))
 
-    def _pieces(self, batch: Batch, seed: int, step: int, weight: float) -> Sequence[Any]:
+    def _pieces(
+        self, batch: Batch, seed: int, step: int, kind: CrossEntropy, weight: float
+    ) -> Sequence[Any]:
         from expertmesh.parallel.pipeline import Piece
 
         return [
             Piece(
                 tokens_BS=part.tokens_BS,
-                loss=partial(_weighed, part.targets_BS, weight),
+                loss=partial(_loss, kind, part.targets_BS, weight),
                 share=part.share,
                 arguments=part.arguments(seed, step),
             )
@@ -172,5 +187,7 @@ class ThroughPipeline(Passes):
         ]
 
 
-def _weighed(targets_BS: Tensor, weight: float, logits_BSV: Tensor) -> Tensor:
-    return token_loss(logits_BSV, targets_BS) * weight
+def _loss(
+    kind: CrossEntropy, targets_BS: Tensor, weight: float, hidden_BSD: Tensor, weight_VD: Tensor
+) -> Tensor:
+    return linear_cross_entropy(hidden_BSD, weight_VD, targets_BS, kind) * weight

@@ -1,8 +1,9 @@
 """In which dtype a run computes. Weights, optimizer state and the loss stay in float32."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 
@@ -30,9 +31,52 @@ class Precision:
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
         return torch.autocast(device.type, dtype=dtype)
 
-    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        """The loss scale: dynamic for ``"fp16"``, and a constant 1 that costs nothing else."""
-        return torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+    def loss_scale(self) -> "LossScale":
+        """Dynamic for ``"fp16"``, and a constant 1 else."""
+        return LossScale(enabled=self.name == "fp16")
+
+
+@final
+class LossScale:
+    """By how much a loss is multiplied so that gradients in float16 do not vanish.
+
+    It doubles after ``interval`` good steps, and halves, and the step is skipped, when a gradient
+    overflows. Whether one did is read from the global norm, so ranks never part ways.
+
+    Args:
+        enabled: If not, it is 1 for ever.
+        scale: The first.
+        interval: Good steps before it doubles.
+    """
+
+    def __init__(
+        self, *, enabled: bool = True, scale: float = 2.0**16, interval: int = 2000
+    ) -> None:
+        self.enabled = enabled
+        self.scale = scale if enabled else 1.0
+        self.interval = interval
+        self._good_steps = 0
+
+    def update(self, *, overflowed: bool) -> None:
+        """Say how a step went."""
+        if not self.enabled:
+            return
+        self._good_steps = 0 if overflowed else self._good_steps + 1
+        if overflowed:
+            self.scale /= 2
+        elif self._good_steps == self.interval:
+            self.scale *= 2
+            self._good_steps = 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps; empty where nothing changes."""
+        return {"scale": self.scale, "good_steps": self._good_steps} if self.enabled else {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on where ``state_dict`` was taken; of a run in another precision it is empty."""
+        if self.enabled and state:
+            self.scale = state["scale"]
+            self._good_steps = int(state["good_steps"])
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import keyword
 import re
 import tomllib
 import types
@@ -13,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from expertmesh.errors import UserError, nearest
 from expertmesh.models.presets import decoder_preset
-from expertmesh.train.config import NOTHING, RunFile
+from expertmesh.train.config import NOTHING, RunFile, as_key
 
 SECTIONS: dict[str, type] = get_type_hints(RunFile)
 _FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
@@ -50,15 +51,20 @@ def parse_run(
     words = _checked_flags(overrides)
     preset, words = _take_preset(tables["model"], words)
     if preset is not None:
-        tables["model"] = {**_preset_values(preset), **tables["model"]}
+        tables["model"] = _over_preset(_preset_values(preset), tables["model"])
     words = _merge_deep(tables, words)
     values = _typed(tables, words)
     return RunFile(**{name: _build(name, values[name]) for name in SECTIONS})
 
 
 def _known(section: str) -> list[str]:
-    names = [field.name for field in fields(SECTIONS[section])]
+    names = [as_key(field.name) for field in fields(SECTIONS[section])]
     return ["preset", *names] if section == "model" else names
+
+
+def _field(key: str) -> str:
+    """The name in code of a key of the run file; see ``as_key``."""
+    return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def _checked_tables(content: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
@@ -72,7 +78,7 @@ def _checked_tables(content: Mapping[str, Any], source: str) -> dict[str, dict[s
         for key in values:
             if key not in _known(section):
                 raise UserError(f"{source} has an unknown key {section}.{key}{_hint(section, key)}")
-        tables[section] = dict(values)
+        tables[section] = {_field(key): value for key, value in values.items()}
     return tables
 
 
@@ -98,7 +104,7 @@ def _checked_flags(overrides: Sequence[str]) -> list[str]:
             if not rest or _FLAG.fullmatch(rest[0]):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             value = rest.pop(0)
-        words.append(f"--{name}={value}")
+        words.append(f"--{section}.{_field(field)}{'.' if inner else ''}{inner}={value}")
     return words
 
 
@@ -162,6 +168,18 @@ def _preset_values(preset: str) -> dict[str, Any]:
         raise UserError(f"model.preset: {error}") from None
 
 
+def _over_preset(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A preset's values with those of the file over them.
+
+    Options of the router go over the preset's one by one, unless the file names another router,
+    to which they may mean nothing.
+    """
+    options = given.get("router_options")
+    if isinstance(options, dict) and given.get("router", preset["router"]) == preset["router"]:
+        given = given | {"router_options": preset["router_options"] | options}
+    return preset | given
+
+
 def _typed(tables: dict[str, dict[str, Any]], words: list[str]) -> Any:
     """Let jsonargparse convert and check every value against its field's type."""
     from jsonargparse import ArgumentParser
@@ -190,7 +208,7 @@ def _reworded(message: str, tables: Mapping[str, Any], words: Sequence[str]) -> 
     for word in words:
         if word.startswith(f"--{name}="):
             got = word.partition("=")[2]
-    return f"{name}: expected {_type_name(hint)}, got {got!r}"
+    return f"{as_key(name)}: expected {_type_name(hint)}, got {got!r}"
 
 
 def _type_name(hint: Any) -> str:

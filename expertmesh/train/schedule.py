@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-ScheduleName = Literal["cosine", "wsd", "constant"]
+ScheduleName = Literal["cosine", "wsd", "constant", "inverse_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, then one of three shapes.
+    """Linear warm-up, then one of four shapes.
 
     A schedule has no state: a resumed run asks for the factor of its step and gets what the
     uninterrupted run would have got.
@@ -17,7 +17,9 @@ class Schedule:
     Attributes:
         name: ``"cosine"`` falls from 1 to ``final`` along half a cosine (Loshchilov and Hutter,
             2017); ``"wsd"`` stays at 1 and falls linearly over the last ``decay_steps`` (warm-up,
-            stable, decay: Hu et al., 2024); ``"constant"`` stays at 1.
+            stable, decay: Hu et al., 2024); ``"constant"`` stays at 1; ``"inverse_sqrt"`` falls
+            with the root of the step, ``sqrt(warmup_steps / step)``, and does not depend on the
+            run's length (Vaswani et al., 2017; T5).
         steps: Length of the run, in optimizer steps.
         warmup_steps: Steps over which the factor rises linearly to 1.
         decay_steps: Steps of the last phase; read by ``"wsd"`` only.
@@ -34,6 +36,8 @@ class Schedule:
         """Factor for optimizer step ``step``, counted from 1 to ``steps``."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
+        if self.name == "inverse_sqrt":
+            return math.sqrt(max(self.warmup_steps, 1) / step)
         start = self.steps - self.decay_steps if self.name == "wsd" else self.warmup_steps
         start = max(start, self.warmup_steps)
         if self.name == "constant" or step <= start or start >= self.steps:

@@ -49,17 +49,12 @@ class Stepper:
     def __init__(
         self, passes: Passes, optimizer: torch.optim.Optimizer, *, seed: int, clip: float
     ) -> None:
-        if passes.mesh is not None and passes.precision.name == "fp16":
-            raise UserError(
-                "train.precision = 'fp16' skips a step by what each rank sees of the gradient, "
-                'and ranks would part ways; set train.precision = "bf16" on a mesh'
-            )
         self.passes = passes
         self.model = passes.model
         self.optimizer = optimizer
         self.seed = seed
         self.clip = clip
-        self.scaler = passes.precision.scaler(passes.device)
+        self.loss_scale = passes.precision.loss_scale()
 
     def step(self, step: int, batch: Batch) -> StepResult:
         """One optimizer step.
@@ -77,14 +72,15 @@ class Stepper:
         loss = self.accumulate(step, batch)
         if not math.isfinite(loss):
             raise UserError(_not_finite("loss", loss, step))
-        self.scaler.unscale_(self.optimizer)
+        self._unscale()
         norm = self._clip()
         skipped = not math.isfinite(norm)
-        if skipped and not self.scaler.is_enabled():
+        if skipped and not self.loss_scale.enabled:
             raise UserError(_not_finite("norm of the gradient", norm, step))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
+        if not skipped:
+            self.optimizer.step()
+        self.loss_scale.update(overflowed=skipped)
+        if self.loss_scale.scale < _SMALLEST_SCALE:
             raise UserError(
                 f"the gradient overflows float16 at every loss scale, at step {step}; "
                 'set train.precision = "bf16" or "fp32", or a lower optim.lr'
@@ -101,14 +97,16 @@ class Stepper:
                 "check the data, and data.seq_len against its documents"
             )
         return float(
-            self.passes.backward(batch, seed=self.seed, step=step, scale=self._loss_scale())
+            self.passes.backward(batch, seed=self.seed, step=step, scale=self.loss_scale.scale)
         )
 
-    def _loss_scale(self) -> float:
-        if not self.scaler.is_enabled():
-            return 1.0
-        # Asked for by scaling something: the scaler has no scale before its first use.
-        return float(self.scaler.scale(torch.ones((), device=self.passes.device)))
+    def _unscale(self) -> None:
+        if not self.loss_scale.enabled:
+            return
+        for param in self.model.parameters():
+            if param.grad is not None:
+                # A power of two: nothing is rounded.
+                shard_of(param.grad).local.mul_(1 / self.loss_scale.scale)
 
     def _clip(self) -> float:
         if self.passes.mesh is not None:

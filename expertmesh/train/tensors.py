@@ -1,6 +1,7 @@
 """A model and its optimizer as named tensors, and back, with every difference named."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,9 +86,8 @@ def empty_optimizer_tensors(
     for entry in saved:
         name, _, key = entry.rpartition("/")
         states.setdefault(name, []).append(key)
-    # A parameter stands for its state: the first of its shape, or a scalar where it has no such.
     shaped = {
-        name: max((saved[f"{name}/{key}"] for key in keys), key=lambda entry: len(entry.shape))
+        name: _stands_for(params.get(name), [saved[f"{name}/{key}"] for key in keys])
         for name, keys in states.items()
     }
     faults = _faults(params, shaped, elsewhere)
@@ -97,6 +97,19 @@ def empty_optimizer_tensors(
         for name, param in params.items()
         for key in states[name]
     }
+
+
+def _stands_for(param: Tensor | None, entries: list[Entry]) -> Entry:
+    """One entry of a parameter's state: one whose shape does not fit, or one of its own shape.
+
+    A parameter's state has its shape, or is a scalar, or a mean of each of its rows or columns.
+    """
+    if param is None:
+        return entries[0]
+    shape = tuple(param.shape)
+    fitting = ((), shape, shape[:-1], (*shape[:-2], *shape[-1:]))
+    others = [entry for entry in entries if entry.shape not in fitting]
+    return others[0] if others else replace(entries[0], shape=shape)
 
 
 def set_optimizer_tensors(

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from expertmesh.data.dataset import IGNORE, Dataset, Sample
 from expertmesh.data.tokenizer import ByteTokenizer
 from expertmesh.errors import UserError
+from expertmesh.kernels.cross_entropy import token_loss
 from expertmesh.layer import moe_layers
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.train.evaluate import Evaluation, Evaluator, ExpertTokens
-from expertmesh.train.passes import OneByOne, token_loss
+from expertmesh.train.passes import OneByOne
 from expertmesh.train.precision import Precision
 from tests.train.tiny import MODEL
 

@@ -85,3 +85,9 @@ def test_rounded_and_recomputed_runs_say_so() -> None:
 def test_runs_that_do_not_fit(overrides: list[str], world: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         describe_fake_world(_run(*overrides), world)
+
+
+def test_the_optimizers_state_is_of_the_runs_optimizer() -> None:
+    adamw = _sizes(describe_fake_world(_run(), 1), "optimizer state")[0]
+    small = _sizes(describe_fake_world(_run("--optim.name=adafactor"), 1), "optimizer state")[0]
+    assert small < adamw / 10

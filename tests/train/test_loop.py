@@ -11,8 +11,9 @@ import torch
 from expertmesh.errors import UserError
 from expertmesh.train.config import RunFile
 from expertmesh.train.loop import Trainer
+from expertmesh.train.run_file import load_run_file, parse_run
 from expertmesh.train.step import Stepper
-from tests.train.tiny import Silent, make_run
+from tests.train.tiny import Silent, make_run, tables
 
 
 def fit(run: RunFile) -> Silent:
@@ -56,6 +57,13 @@ EVERYTHING = {
         "--train.micro_batch=2",
         "--optim.schedule=wsd",
         "--optim.decay_steps=3",
+    ),
+    "adafactor": (
+        "--optim.name=adafactor",
+        "--optim.schedule=inverse_sqrt",
+        "--train.save_every=0",
+        "--loss.label_smoothing=0.1",
+        "--loss.z_loss=1e-3",
     ),
     "bf16": ("--train.precision=bf16", "--train.checkpoint_activations=true"),
 }
@@ -276,3 +284,42 @@ def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
     assert metrics(compiled)[-1]["imbalance"] == pytest.approx(
         metrics(eager)[-1]["imbalance"], rel=0.05
     )
+
+
+def test_epochs_become_steps_by_the_size_of_the_data(tmp_path: Path) -> None:
+    content = tables(tmp_path)
+    del content["train"]["steps"]
+    content["train"] |= {"epochs": 0.25, "log_every": 100}
+    trainer = Trainer(parse_run(content))
+    steps = math.ceil(0.25 * len(trainer.data.train) / 4)
+    assert trainer.run.train.steps == steps
+    assert trainer.fit(Silent()).step == steps
+    saved = load_run_file(trainer.run.folder / "config.toml")
+    assert (saved.train.steps, saved.train.epochs) == (steps, None)
+    assert Trainer(parse_run(content)).done
+    with pytest.raises(UserError, match=r"train.epochs takes the place of train.steps"):
+        parse_run(content, ["--train.steps=7"])
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    fit(make_run(tmp_path, "--train.steps=3"))
+    with pytest.raises(UserError, match=r"holds the state of optim.name='adamw', got 'adafactor'"):
+        Trainer(make_run(tmp_path, "--optim.name=adafactor"))
+
+
+def test_smoothing_and_z_loss_are_trained_and_not_evaluated(tmp_path: Path) -> None:
+    plain = make_run(tmp_path, "--train.steps=1", f"--run.dir={tmp_path}/plain")
+    other = make_run(
+        tmp_path,
+        "--train.steps=1",
+        "--optim.lr=0",
+        "--loss.label_smoothing=0.2",
+        "--loss.z_loss=0.1",
+        f"--run.dir={tmp_path}/other",
+    )
+    fit(plain)
+    fit(other)
+    (one,), (two,) = metrics(plain), metrics(other)
+    # The normaliser of 258 words at the start is near 258, and its log squared near 31.
+    assert two["loss"] == pytest.approx(one["loss"] + 0.1 * math.log(258) ** 2, rel=0.02)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=0.01)

@@ -137,3 +137,20 @@ def test_a_mask_without_padding_is_not_given() -> None:
     assert arguments["key"].token_index is parts[1].token_index_BS
     assert torch.equal(arguments["key"].seed, expected.seed)
     assert arguments["cache"] is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[0, 0, 1], [0, 1, 1]], True),
+        ([[0, 0, 0], [1, 1, 1]], True),
+        ([[1, 0, 0], [0, 0, 1]], False),
+        ([[0, 1, 0]], False),
+    ],
+)
+def test_padding_that_only_follows_is_known_as_such(rows: list[list[int]], expected: bool) -> None:
+    mask = torch.tensor(rows, dtype=torch.bool)
+    tokens = torch.zeros(mask.shape, dtype=torch.int64)
+    batch = Batch(tokens, tokens, mask, torch.arange(len(rows)))
+    (part,) = micro_batches(batch, len(rows), torch.device("cpu"))
+    assert part.arguments(0, 0)["padded_at_end"] is expected

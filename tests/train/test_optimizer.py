@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from expertmesh.errors import UserError
 from expertmesh.train.optimizer import OptimConfig, build_optimizer, decays, set_lr
+from expertmesh.train.optimizers.adafactor import Adafactor
 
 
 class Toy(nn.Module):
@@ -44,6 +47,30 @@ def test_fused_step_is_the_papers_formula() -> None:
     # After one step the corrected moments are the gradient and its square.
     expected = start * (1 - 0.1 * 0.2) - 0.1 * grad / (grad.abs() + 1e-8)
     torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_adafactor_by_name_with_the_same_groups() -> None:
+    model = Toy()
+    optimizer = build_optimizer(model, OptimConfig(name="adafactor", lr=0.1, weight_decay=0.5))
+    assert isinstance(optimizer, Adafactor)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((3, 2), 0.95))
+    assert torch.equal(model.scale, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "adafactor", "beta1": 0.5}, "optim.beta1 is of optim.name = 'adamw'"),
+        ({"beta2_decay": 0.5}, "optim.beta2_decay is of optim.name = 'adafactor'"),
+        ({"name": "adafactor", "beta2_decay": 0.0}, "optim.beta2_decay must be above 0"),
+    ],
+)
+def test_what_an_optimizer_does_not_have_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OptimConfig(**values)
 
 
 def test_set_lr_reaches_every_group() -> None:

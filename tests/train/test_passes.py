@@ -1,5 +1,6 @@
 """Passes over a batch on several ranks, against one process; steps are compared elsewhere."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,15 +9,20 @@ from torch import Tensor
 
 from expertmesh.data import Batch
 from expertmesh.data.dataset import IGNORE
+from expertmesh.errors import UserError
+from expertmesh.kernels.cross_entropy import token_loss
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel.fsdp import parallelize
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.pipeline import Pipeline
+from expertmesh.shards import shard_of
 from expertmesh.testing import assert_close, run_on_ranks
 from expertmesh.testing.equivalence import assemble, pieces
-from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline, token_loss
-from expertmesh.train.precision import Precision
+from expertmesh.train.optimizer import OptimConfig, build_optimizer
+from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline
+from expertmesh.train.precision import LossScale, Precision, PrecisionName
+from expertmesh.train.step import Stepper
 from tests.train.test_step import make_batch
 from tests.train.tiny import MODEL
 
@@ -24,11 +30,16 @@ CONFIG = DecoderConfig(**MODEL | {"num_layers": 3, "first_dense": 1, "moe_every"
 CPU = torch.device("cpu")
 
 
-def passes_of(degrees: dict[str, Any], sequences: int) -> Passes:
+def passes_of(
+    degrees: dict[str, Any],
+    sequences: int,
+    dtype: torch.dtype = torch.float64,
+    precision: PrecisionName = "fp32",
+) -> Passes:
     mesh = Mesh(**degrees)
-    model = DecoderLM(CONFIG, seed=5).double()
+    model = DecoderLM(CONFIG, seed=5).to(dtype)
     common: dict[str, Any] = {
-        "precision": Precision("fp32"),
+        "precision": Precision(precision),
         "device": CPU,
         "sequences": sequences,
     }
@@ -40,7 +51,8 @@ def passes_of(degrees: dict[str, Any], sequences: int) -> Passes:
     stages = Stages.of(CONFIG, mesh.degree("pp"))
     keep_stages(model, stages, mesh.coordinates["pp"])
     parallelize(model, mesh)
-    pipeline = Pipeline(model, stages, mesh.group("pp"))
+    autocast = partial(Precision(precision).autocast, CPU)
+    pipeline = Pipeline(model, stages, mesh.group("pp"), autocast=autocast)
     return ThroughPipeline(model, pipeline=pipeline, **common)
 
 
@@ -88,6 +100,39 @@ def test_loss_nats_and_gradients(degrees: dict[str, Any]) -> None:
     assert got.keys() == whole.keys()
     for name, gradient in whole.items():
         assert_close(name, got[name], gradient, 1e-11)
+
+
+def uneven() -> str:
+    """Five rows in micro-batches of three: the second data rank has one row of each."""
+    with pytest.raises(UserError) as caught:
+        passes_of({"pp": 2}, 3).backward(make_batch(5, 7), seed=1, step=2, scale=1.0)
+    return str(caught.value)
+
+
+def test_uneven_micro_batches_of_a_pipeline_are_refused_on_every_rank() -> None:
+    for message in run_on_ranks(4, uneven, timeout=30):
+        assert "got 5 sequences in micro-batches of 3; set train.micro_batch" in message
+
+
+def stepped(degrees: dict[str, Any], scale: float) -> tuple[list[float | None], float, bool]:
+    passes = passes_of(degrees, 2, torch.float32, "fp16")
+    stepper = Stepper(passes, build_optimizer(passes.model, OptimConfig(lr=1e-2)), seed=1, clip=1.0)
+    stepper.loss_scale = LossScale(scale=scale)
+    norms = [stepper.step(number, make_batch(4, 7)).grad_norm for number in range(1, 5)]
+    finite = all(bool(shard_of(p).local.isfinite().all()) for p in passes.model.parameters())
+    return norms, stepper.loss_scale.scale, finite
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"pp": 2}], ids=str)
+def test_ranks_skip_a_step_of_float16_together(degrees: dict[str, Any]) -> None:
+    """On one rank the gradient may be finite still, where another's overflowed."""
+    views = run_on_ranks(2, stepped, degrees, 2.0**30)
+    assert all(view[:2] == views[0][:2] and view[2] for view in views)
+    norms, scale, _ = views[0]
+    assert norms[0] is None
+    assert scale == 2.0 ** (30 - norms.count(None))
+    (good,) = {view[1] for view in run_on_ranks(2, stepped, degrees, 2.0**10)}
+    assert good == 2.0**10
 
 
 def test_nats_are_those_of_the_whole_model_at_once() -> None:

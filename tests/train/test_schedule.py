@@ -23,7 +23,14 @@ def test_wsd_is_flat_then_linear() -> None:
     assert factors == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_inverse_sqrt_falls_with_the_root_of_the_step_whatever_the_length() -> None:
+    schedule = Schedule(name="inverse_sqrt", steps=10, warmup_steps=4)
+    factors = [schedule(step) for step in (1, 2, 4, 9, 16, 400)]
+    assert factors == pytest.approx([0.25, 0.5, 1.0, 2 / 3, 0.5, 0.1])
+    assert [Schedule(name="inverse_sqrt", steps=10)(step) for step in (1, 4)] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant", "inverse_sqrt"])
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (5, 5), (9, 9), (0, 5)])
 def test_factors_stay_between_zero_and_one(name: str, warmup: int, decay: int) -> None:
     schedule = Schedule(name=name, steps=5, warmup_steps=warmup, decay_steps=decay)  # type: ignore[arg-type]  # parametrized

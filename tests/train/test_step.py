@@ -7,11 +7,12 @@ from torch import Tensor
 from expertmesh.data import Batch
 from expertmesh.data.dataset import IGNORE
 from expertmesh.errors import UserError
+from expertmesh.kernels.cross_entropy import token_loss
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.train.micro_batch import micro_batches
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
-from expertmesh.train.passes import OneByOne, token_loss
-from expertmesh.train.precision import Precision, PrecisionName
+from expertmesh.train.passes import OneByOne
+from expertmesh.train.precision import LossScale, Precision, PrecisionName
 from expertmesh.train.step import Stepper
 from tests.train.tiny import MODEL
 
@@ -110,7 +111,7 @@ def test_the_loss_scale_reaches_main_and_attached_losses_alike() -> None:
     batch = make_batch()
     plain = make_stepper(2, dtype=torch.float32, router_options=Z_ONLY)
     scaled = make_stepper(2, dtype=torch.float32, router_options=Z_ONLY)
-    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled.loss_scale = LossScale(scale=1024.0)
     expected = gradients(plain, batch)
     got = {name: grad / 1024.0 for name, grad in gradients(scaled, batch).items()}
     assert_same(expected, got, 1e-5)
@@ -127,11 +128,11 @@ def test_loss_falls_in_every_precision(precision: PrecisionName) -> None:
 
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale() -> None:
     stepper = make_stepper(precision="fp16", dtype=torch.float32)
-    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    stepper.loss_scale = LossScale(scale=2.0**40)
     before = {name: p.detach().clone() for name, p in stepper.model.named_parameters()}
     result = stepper.step(1, make_batch())
     assert result.grad_norm is None
-    assert stepper.scaler.get_scale() == 2.0**39
+    assert stepper.loss_scale.scale == 2.0**39
     assert all(torch.equal(p, before[name]) for name, p in stepper.model.named_parameters())
 
 

@@ -1,0 +1,1 @@
+"""What takes the step, one file for each, chosen by name."""

@@ -1,0 +1,215 @@
+"""Adafactor, the same on every mesh.
+
+torch's own Adafactor takes means and norms over each tensor as it lies on a rank; of a parameter
+in pieces these must be the whole parameter's. Here every rank adds what it holds to vectors as
+long as the whole parameter's rows and columns, and two small sums over ranks make them whole.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from expertmesh.shards import Shard, shard_of
+
+if TYPE_CHECKING:
+    from expertmesh.parallel.mesh import Mesh
+
+Total = Callable[[Tensor], Tensor]
+"""Sums a vector over all ranks that hold parts of the parameters."""
+Copies = Callable[[Tensor], int]
+"""On how many of those ranks the same numbers of a parameter lie."""
+
+# Added to squared gradients, and least scale of a parameter (the paper's eps_1 and eps_2).
+_SQUARE, _SCALE = 1e-30, 1e-3
+
+
+@final
+class Adafactor(torch.optim.Optimizer):
+    """Adafactor without momentum (Shazeer and Stern, 2018, arXiv 1804.04235, algorithm 4).
+
+    A matrix's second moment is kept as the means of its rows and of its columns; of a stack of
+    matrices each has its own. The step is relative to the parameter's root mean square, and the
+    update's root mean square is at most 1 before that. The learning rate is used as it is given:
+    the paper's ``min(0.01, 1 / sqrt(t))`` is the schedule's matter.
+
+    Args:
+        groups: Parameters, with ``weight_decay`` (decoupled) by group.
+        lr: Relative step size.
+        decay: The second moment's decay at step t is ``1 - t ** -decay``.
+        total: Sums over ranks; None is one process.
+        copies: Counts equal parts over ranks; None is one process.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        decay: float = 0.8,
+        total: Total | None = None,
+        copies: Copies | None = None,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "decay": decay, "weight_decay": 0.0})
+        self._total = total or (lambda vector: vector)
+        self._copies = copies or (lambda _: 1)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
+        """Change every parameter that has a gradient."""
+        works = [
+            _Work.of(param, self._state_of(param), group, self._copies(param))
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        if not works:
+            return
+        self._sum(works, [work.squares() for work in works], _Work.take_squares)
+        self._sum(works, [work.update_square() for work in works], _Work.take_update_square)
+        for work in works:
+            work.apply()
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            if param.dim() < 2:
+                state["square"] = torch.zeros_like(param, dtype=torch.float32)
+            else:
+                *stack, rows, columns = param.shape
+                state["rows"] = torch.zeros((*stack, rows), device=param.device)
+                state["columns"] = torch.zeros((*stack, columns), device=param.device)
+        return state
+
+    def _sum(
+        self, works: list["_Work"], parts: list[Tensor], take: Callable[["_Work", Tensor], None]
+    ) -> None:
+        """Sum vectors over ranks, all in one message, and give each back."""
+        shares = [part / work.copies for part, work in zip(parts, works, strict=True)]
+        whole = self._total(torch.cat(shares)).split([len(part) for part in parts])
+        for work, vector in zip(works, whole, strict=True):
+            take(work, vector)
+
+
+def build_adafactor(
+    groups: list[dict[str, Any]], *, lr: float, decay: float, mesh: "Mesh | None" = None
+) -> Adafactor:
+    """Adafactor over the parameters of a model that is laid out over a mesh.
+
+    Args:
+        groups: As torch's optimizers take them.
+        lr: Learning rate.
+        decay: See ``Adafactor``.
+        mesh: What the model is laid out over; None is one process. Ranks of a stage hold parts of
+            the same parameters.
+    """
+    if mesh is None:
+        return Adafactor(groups, lr=lr, decay=decay)
+    from expertmesh.dispatch.collectives import total
+    from expertmesh.parallel.clip import copies
+
+    return Adafactor(
+        groups,
+        lr=lr,
+        decay=decay,
+        total=partial(total, group=mesh.stage),
+        copies=partial(copies, stage_size=mesh.grid.stage_size),
+    )
+
+
+@dataclass
+class _Work:
+    """One parameter in a step: this rank's box of it, and the whole's statistics."""
+
+    box: Shard
+    grad: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+    copies: int
+    numel: int
+    scale: float = 0.0
+    clip: float = 0.0
+
+    @staticmethod
+    def of(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], copies: int) -> "_Work":
+        assert param.grad is not None
+        state["step"] += 1
+        grad = shard_of(param.grad).local
+        return _Work(shard_of(param), grad, state, group, copies, param.numel())
+
+    def squares(self) -> Tensor:
+        """Sums of squares of this box: the parameter's, then the gradient's rows and columns."""
+        parts = [_square(self.box.local).view(1)]
+        if "square" not in self.state:
+            for key, dim in (("rows", -1), ("columns", -2)):
+                whole = torch.zeros_like(self.state[key])
+                own = torch.linalg.vector_norm(self.grad, dim=dim, dtype=torch.float32).square()
+                whole[self._place(key)] = own
+                parts.append(whole.flatten())
+        return torch.cat(parts)
+
+    def take_squares(self, total: Tensor) -> None:
+        """Update the second moments from the whole parameter's sums of squares."""
+        self.scale = max(_SCALE, math.sqrt(float(total[0]) / self.numel))
+        weight = float(self.state["step"]) ** -self.group["decay"]
+        if "square" in self.state:
+            own = self.grad.float().square().add_(_SQUARE)
+            shard_of(self.state["square"]).local.lerp_(own, weight)
+            return
+        rows, columns = self.state["rows"], self.state["columns"]
+        sums = total[1:].split([rows.numel(), columns.numel()])
+        for state, other, vector in ((rows, columns, sums[0]), (columns, rows, sums[1])):
+            mean = vector.view_as(state) / other.shape[-1] + _SQUARE
+            state.lerp_(mean, weight)
+
+    def update_square(self) -> Tensor:
+        """The sum of squares of this box's update."""
+        total = torch.zeros(1, device=self.grad.device)
+        for _, update in self._updates():
+            total += _square(update)
+        return total
+
+    def take_update_square(self, total: Tensor) -> None:
+        """Remember by what the update is divided so that its root mean square is at most 1."""
+        self.clip = max(1.0, math.sqrt(float(total) / self.numel))
+
+    def apply(self) -> None:
+        """Change the parameter."""
+        lr = self.group["lr"]
+        self.box.local.mul_(1 - lr * self.group["weight_decay"])
+        for values, update in self._updates():
+            values.add_(update.to(values.dtype), alpha=-lr * self.scale / self.clip)
+
+    def _updates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the box with the gradient over the root of its second moment, in float32.
+
+        Made twice a step, and of a stack matrix by matrix: it is never whole in memory.
+        """
+        if "square" in self.state:
+            square = shard_of(self.state["square"]).local
+            yield self.box.local, self.grad.float() * square.rsqrt()
+            return
+        rows, columns = self.state["rows"], self.state["columns"]
+        by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt()[self._place("rows")]
+        by_column = columns.rsqrt()[self._place("columns")]
+        for place in itertools.product(*(range(size) for size in self.grad.shape[:-2])):
+            update = self.grad[place].float() * by_row[place].unsqueeze(-1)
+            yield self.box.local[place], update.mul_(by_column[place])
+
+    def _place(self, key: str) -> tuple[slice, ...]:
+        """Where this box's rows or columns lie in the whole parameter's."""
+        last = -2 if key == "rows" else -1
+        begins = (*self.box.offset[:-2], self.box.offset[last])
+        sizes = (*self.box.local.shape[:-2], self.box.local.shape[last])
+        return tuple(slice(a, a + n) for a, n in zip(begins, sizes, strict=True))
+
+
+def _square(values: Tensor) -> Tensor:
+    """The sum of squares, in float32."""
+    return torch.linalg.vector_norm(values, dtype=torch.float32).square()
