@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from expertmesh import __version__
 from expertmesh.errors import UserError, nearest
 
-COMMANDS = ("train", "launch", "generate", "eval", "report", "data", "doctor")
+COMMANDS = (
+    "train",
+    "launch",
+    "generate",
+    "chat",
+    "eval",
+    "report",
+    "convert",
+    "data",
+    "doctor",
+)
 DEBUG = "EXPERTMESH_DEBUG"
 
 

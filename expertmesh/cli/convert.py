@@ -1,0 +1,165 @@
+"""``expertmesh convert FAMILY SRC DST``: published checkpoints into other kinds of files."""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertmesh.errors import UserError
+
+if TYPE_CHECKING:
+    from expertmesh.convert.command import Given
+    from expertmesh.convert.family import Family
+    from expertmesh.convert.source import Stored
+
+HELP = "convert checkpoints: t5x, published, one tensor per expert"
+# Named here too, so that `--help` does not wait for torch.
+FAMILIES = ("openmoe", "mixtral", "olmoe", "qwen3-moe")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: What follows ``expertmesh convert``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: If a folder does not fit the model, cannot be written, or differs.
+    """
+    args = _parser().parse_args(argv)
+    from expertmesh.convert.families import FAMILIES as families
+
+    family = families[args.family]
+    if args.verify:
+        return _verify(family, args)
+    if args.destination is None:
+        raise UserError("give the folder to write, or --verify to compare SRC with its manifest")
+    return _convert(family, args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="expertmesh convert",
+        description="Convert a checkpoint to safetensors under other names, a part at a time, and "
+        "read the result back. What SRC is, is found out: a t5x folder, safetensors with stacked "
+        "experts or one tensor per expert, or the folder of a training run.",
+    )
+    parser.add_argument("family", choices=FAMILIES, help="whose names")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder to read")
+    parser.add_argument("destination", type=Path, nargs="?", metavar="DST", help="folder to write")
+    parser.add_argument(
+        "--to",
+        default="published",
+        metavar="KIND",
+        help="published (default); for openmoe per-expert or t5x, for the others stacked",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: as in SRC)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config.json or a preset such as openmoe-8b (default: SRC's, or what its shapes fit)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="copy these files too (default: SRC's)"
+    )
+    parser.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="N", help="largest file (default: 5)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="write nothing: compare DST with what SRC would give, or SRC with its own manifest",
+    )
+    return parser
+
+
+def _convert(family: "Family", args: argparse.Namespace) -> int:
+    import torch
+
+    from expertmesh.convert import command
+    from expertmesh.errors import nearest
+
+    if args.to not in family.kinds:
+        raise UserError(
+            f"--to must be one of {', '.join(family.kinds)}, got {args.to!r}"
+            + nearest(args.to, family.kinds)
+        )
+    if not (math.isfinite(args.shard_gb) and args.shard_gb > 0):
+        raise UserError(f"--shard-gb must be above 0, got {args.shard_gb:g}")
+    given = _given(family, args)
+    print(f"from  {given.source.path}: {given.kind}, {_size(given.source.tensors)}")
+    tensors = command.convert(
+        family,
+        given,
+        args.destination,
+        args.to,
+        dtype=None if args.dtype is None else getattr(torch, DTYPES[args.dtype]),
+        shard_bytes=int(args.shard_gb * 1e9),
+        tokenizer=args.tokenizer,
+        progress=_Progress(given.config.num_params),
+    )
+    print(f"to    {args.destination}: {args.to}, {_size(tensors)}")
+    print("read back: names, shapes and SHA-256 of every tensor agree")
+    return 0
+
+
+def _verify(family: "Family", args: argparse.Namespace) -> int:
+    from expertmesh.convert import command
+
+    if args.destination is None:
+        tensors = command.verify_alone(args.source)
+        print(f"{args.source}: {_size(tensors)}, all as its manifest says")
+        return 0
+    given = _given(family, args)
+    progress = _Progress(given.config.num_params)
+    tensors = command.verify(family, given, args.destination, progress)
+    print(f"{args.destination}: {_size(tensors)}, all as in {args.source}")
+    return 0
+
+
+def _given(family: "Family", args: argparse.Namespace) -> "Given":
+    """What SRC is: a folder of weights, or what a training run left."""
+    from expertmesh.convert import command
+    from expertmesh.train.config import CONFIG
+
+    folder = args.source
+    if args.config is None and (folder / CONFIG).is_file():
+        from expertmesh.train.checkpoint import CheckpointFolder
+        from expertmesh.train.loop import CHECKPOINTS
+        from expertmesh.train.run_file import load_run_file
+
+        run = load_run_file(folder / CONFIG)
+        checkpoint, passed_over = CheckpointFolder(folder / CHECKPOINTS).newest_valid()
+        for line in passed_over:
+            print(f"passed over: {line}")
+        if checkpoint is None:
+            raise UserError(f"{folder} has no checkpoint yet; train it first")
+        return command.look_at_training(family, checkpoint.path, run.model)
+    return command.look_at(family, folder, args.config)
+
+
+def _size(tensors: "Mapping[str, Stored]") -> str:
+    from expertmesh.convert.destination import num_bytes
+
+    dtypes = sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors.values()})
+    return f"{len(tensors)} tensors, {num_bytes(tensors) / 1e9:.3g} GB of {' and '.join(dtypes)}"
+
+
+class _Progress:
+    """Says on a terminal how far it is."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._said = total, 0, -1
+
+    def __call__(self, num_elements: int) -> None:
+        self._done += num_elements
+        percent = min(100, 100 * self._done // max(1, self._total))
+        if percent != self._said and sys.stderr.isatty():
+            self._said = percent
+            print(f"\r{percent:3d} %", end="\r", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs into ours, and ours into theirs."""

@@ -1,0 +1,44 @@
+"""OLMoE (arXiv 2409.02060)."""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from expertmesh.convert.common import ExpertNames, LlamaLike, refuse
+from expertmesh.models import DecoderConfig
+
+
+@final
+class Olmoe(LlamaLike):
+    """OLMoE: ``allenai/OLMoE-1B-7B-0924`` and its successors."""
+
+    name = "olmoe"
+    presets = ("olmoe-1b-7b",)
+    model_type, architecture = "olmoe", "OlmoeForCausalLM"
+    experts = ExpertNames(
+        router="mlp.gate.weight",
+        gate="mlp.experts.{expert}.gate_proj.weight",
+        up="mlp.experts.{expert}.up_proj.weight",
+        down="mlp.experts.{expert}.down_proj.weight",
+    )
+    qk_norm = "full"
+    router = "olmoe"
+
+    def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        refuse(keys, {"clip_qkv": None, "norm_topk_prob": False}, self.name)
+        return {
+            "num_experts": keys.get("num_experts", keys.get("num_local_experts", 64)),
+            "expert_hidden": keys["intermediate_size"],
+            "router_options": {},
+        }
+
+    def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
+        return {
+            "num_experts": config.num_experts,
+            "intermediate_size": config.expert_hidden,
+            "norm_topk_prob": False,
+            "clip_qkv": None,
+            "attention_bias": False,
+        }
+
+    def fixed(self) -> dict[str, Any]:
+        return super().fixed() | {"moe_every": 1, "first_dense": 0}
