@@ -30,7 +30,8 @@ def main(argv: list[str]) -> int:
     parser.parse_args(argv)
     from rich.console import Console
 
-    console = Console()
+    # Brackets in what backends say, as in expertmesh[gpu], are text.
+    console = Console(markup=False)
     for table in (_machine(), _choices(), _backends(), _extras()):
         console.print(table)
     return 0
@@ -139,7 +140,7 @@ def _extras() -> "Table":
             missing = missing or version is None
             table.add_row(extra, package, version or "missing")
         if missing:
-            table.add_row(extra, "", f"pip install 'expertmesh\\[{extra}]'")
+            table.add_row(extra, "", f"pip install 'expertmesh[{extra}]'")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face models on this layer. Needs the extra ``hf``."""
+"""Hugging Face models on this layer, and OpenMoE in its Auto classes. Needs the extra ``hf``."""
 
 from expertmesh.errors import require
 
@@ -9,5 +9,21 @@ from expertmesh.hf.causal_lm import (  # noqa: E402  (after the check, so that i
     ExpertmeshForCausalLM,
     as_transformers,
 )
+from expertmesh.hf.openmoe import (  # noqa: E402  (likewise)
+    OpenMoeConfig,
+    OpenMoeForCausalLM,
+    OpenMoeTokenizer,
+    StopAtEndOfAnswer,
+    as_openmoe,
+)
 
-__all__ = ["ExpertmeshConfig", "ExpertmeshForCausalLM", "as_transformers"]
+__all__ = [
+    "ExpertmeshConfig",
+    "ExpertmeshForCausalLM",
+    "OpenMoeConfig",
+    "OpenMoeForCausalLM",
+    "OpenMoeTokenizer",
+    "StopAtEndOfAnswer",
+    "as_openmoe",
+    "as_transformers",
+]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expertmesh.cli import doctor
+from expertmesh.kernels import triton_support
 
 
 def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -37,6 +38,13 @@ def test_missing_extra_shows_the_pip_line(
     monkeypatch.setattr(doctor.metadata, "version", version)
     text = printed(capsys, monkeypatch)
     assert "pip install 'expertmesh[report]'" in text
+
+
+def test_brackets_in_a_reason_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_support, "_INSTALLED", False)
+    assert "pip install 'expertmesh[gpu]'" in printed(capsys, monkeypatch)
 
 
 def test_extras_come_from_the_package_itself() -> None:

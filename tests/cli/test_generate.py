@@ -1,10 +1,14 @@
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from expertmesh.cli.main import main
 from expertmesh.train.loop import Trainer
+from tests.openmoe.folders import write_folder
+from tests.openmoe.vocabulary import write_small
 from tests.train.tiny import Silent, make_run
 
 
@@ -31,8 +35,6 @@ def test_text_follows_the_prompt_and_the_seed(
 def test_greedy_text_is_the_models_likeliest(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
     from expertmesh.data.tokenizer import ByteTokenizer
     from expertmesh.train.finished import load_run
 
@@ -101,3 +103,116 @@ def test_a_folder_without_a_run_is_named(
 ) -> None:
     assert main(["generate", str(tmp_path)]) == 2
     assert "is no run's folder" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def openmoe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A published-style folder with its tokenizer."""
+    path = tmp_path_factory.mktemp("openmoe")
+    vocabulary = write_small(tmp_path_factory.mktemp("vocabulary"))
+    write_folder(path, num_layers=2, tokenizer=vocabulary, vocab_size=1000, max_seq_len=40)
+    return str(path)
+
+
+def test_a_published_folder_writes_text(
+    openmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import expertmesh.hf  # noqa: F401
+
+    tokenizer = AutoTokenizer.from_pretrained(openmoe)
+    model = AutoModelForCausalLM.from_pretrained(openmoe)
+    prompt = tokenizer("the router says", return_tensors="pt")
+    beyond = list(range(len(tokenizer), 1000))
+    expected = model.generate(**prompt, max_new_tokens=5, do_sample=False, suppress_tokens=beyond)
+    command = ["generate", "--model", openmoe, "--prompt", "the router says", "--temperature", "0"]
+    file = tmp_path / "out.txt"
+    assert main([*command, "--max-new-tokens", "5", "--output", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+    assert out.startswith("the router says")
+    assert file.read_text() == out
+
+
+def test_weights_go_where_the_map_says(
+    openmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--model", openmoe, "--temperature", "0", "--max-new-tokens", "4"]
+    assert main([*command, "--dtype", "fp32"]) == 0
+    expected = capsys.readouterr().out
+    device_map = json.dumps({"": "cpu", "model.layers.1": "disk"})
+    placing = ["--device-map", device_map, "--offload-folder", str(tmp_path / "offload")]
+    assert main([*command, *placing]) == 0
+    assert capsys.readouterr().out == expected
+    assert list((tmp_path / "offload").iterdir())
+    memory = ["--device-map", "auto", "--max-memory", "cpu=10GiB"]
+    assert main([*command, *memory]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_llamas_folder_writes_text(
+    openmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=3,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "a b"]) == 0
+    assert capsys.readouterr().out.startswith("a b")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either a RUN"),
+        (["a", "--model", "b"], "give either a RUN"),
+        (["a", "--dtype", "bf16"], "--dtype goes with --model"),
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["--model", "OPENMOE", "--device-map", "{0:"], "--device-map is no JSON"),
+        (["--model", "OPENMOE", "--device-map", "{}"], "device_map says nothing of"),
+        (["--model", "OPENMOE", "--max-memory", "40GiB"], "--max-memory must be such as"),
+        (["--model", "OPENMOE", "--device-map", "gpu"], "device"),
+        (["--model", "OPENMOE", "--max-new-tokens", "40"], "set --max-new-tokens=39"),
+        (["--model", "OPENMOE", "--prompt", "z" * 60], "max_position_embeddings=40"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    openmoe: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [openmoe if word == "OPENMOE" else word for word in options]
+    assert main(["generate", *words]) == 2
+    errors = capsys.readouterr().err
+    assert f"error: {message}" in errors or message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_broken_checkpoint_is_one_line(
+    openmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path, num_layers=2, tokenizer=Path(openmoe) / "spiece.model", vocab_size=1000)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    assert main(["generate", "--model", str(tmp_path)]) == 2
+    assert f"error: --model {tmp_path} cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    openmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path, num_layers=2, tokenizer=Path(openmoe) / "spiece.model", vocab_size=512)
+    assert main(["generate", "--model", str(tmp_path)]) == 2
+    assert "the model only vocab_size=512" in capsys.readouterr().err

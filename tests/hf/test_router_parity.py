@@ -36,6 +36,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from expertmesh.experts import Experts, GatedMLPExperts, MLPExperts
 from expertmesh.experts.scaled_input import ScaledInputExperts
 from expertmesh.layer import MoE
+from expertmesh.models import DecoderConfig
+from expertmesh.models.block import build_moe
 from expertmesh.models.mlp import GatedMLP
 from expertmesh.residual_moe import GatedShared
 from expertmesh.routing import Capacity, GroupLimit, router_preset
@@ -355,3 +357,30 @@ def test_slots_overflow_in_the_switch_block() -> None:
     adopt(ours, theirs, case)
     _, routing = ours(tokens(), return_routing=True)
     assert 0 < int(routing.num_dropped) < BATCH * LENGTH
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("llama4", "plain"), ("gpt-oss", "plain"), ("mixtral", "scaled_input")]
+)
+def test_a_decoder_that_names_the_router_has_the_models_experts(name: str, other: str) -> None:
+    case = CASES[name]
+    theirs, x = theirs_of(case), tokens()
+    outputs = {}
+    for form in ("auto", other):
+        config = DecoderConfig(
+            vocab_size=5,
+            dim=D,
+            num_layers=1,
+            num_heads=2,
+            num_experts=E,
+            experts_per_token=case.options.get("k", 1),
+            expert_hidden=F,
+            num_shared_experts=0 if case.shared is None else 1,
+            router=case.preset,
+            expert_form=form,  # type: ignore[arg-type]  # one of its literals
+        )
+        moe = build_moe(config, 0).double().eval()
+        adopt(moe, theirs, case)
+        outputs[form] = run(moe, x)
+    assert_close("output", outputs["auto"], run(theirs, x), 1e-6)
+    assert relative_error(outputs[other], run(theirs, x)) > 1e-2
