@@ -201,7 +201,7 @@ def drops(run: Run) -> "Figure | None":
     by_position.set_xlim(0, 100)
     for axes in (over_time, by_position):
         axes.set_ylim(bottom=0.0)
-    _layer_legend(figure, run.routing, colours)
+    layer_legend(figure, run.routing, colours)
     return figure
 
 
@@ -231,7 +231,7 @@ def entropy(run: Run) -> "Figure | None":
         style.step_axis(axes, run.routing[0].step)
         if key == "entropy":
             _mark_uniform(axes, run.routing)
-    _layer_legend(figure, run.routing, colours)
+    layer_legend(figure, run.routing, colours)
     return figure
 
 
@@ -253,7 +253,7 @@ def _mark_uniform(axes: "Axes", routing: tuple[LayerRouting, ...]) -> None:
     axes.set_ylim(bottom=0.0, top=1.14 * math.log(max(layer.num_experts for layer in routing)))
 
 
-def _layer_legend(figure: "Figure", routing: tuple[LayerRouting, ...], colours: list[Any]) -> None:
+def layer_legend(figure: "Figure", routing: tuple[LayerRouting, ...], colours: list[Any]) -> None:
     """Which colour is which layer: by name for a few, by a range of depth for many."""
     lines = require("matplotlib.lines", extra="report")
     labels = _layer_labels(routing)

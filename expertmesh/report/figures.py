@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expertmesh.report import balance, curves, style
+from expertmesh.report import balance, curves, specialisation, style
 from expertmesh.report.read import Run
 
 if TYPE_CHECKING:
@@ -84,6 +84,14 @@ SUBJECTS = (
         "Entropy at the dashed line means that the router does not choose, entropy near zero that "
         "it puts everything on one expert; logits that grow without end make it brittle.",
         balance.entropy,
+    ),
+    Subject(
+        "by_token",
+        "Routing by token id",
+        "Left, solid near 100 % and far above dotted (one guess for all tokens) means that routers "
+        "follow the id and not the context; right, a line that is high from the start means that "
+        "routing was fixed early.",
+        specialisation.by_token,
     ),
 )
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertmesh.errors import UserError
+from expertmesh.report.by_token import ByToken, by_token
 
 Floats = NDArray[np.float64]
 
@@ -48,6 +49,7 @@ class LayerRouting:
             sequence, ``(S, bins)``; ``bins`` is 0 where it was not logged.
         entropy: Of the router, in nats, ``(S,)``; NaN where not logged.
         max_logit: Largest absolute router logit, ``(S,)``; NaN where not logged.
+        by_token: What evaluations found of the tokens' ids; of no length where none was logged.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerRouting:
     dropped_by_position: Floats
     entropy: Floats
     max_logit: Floats
+    by_token: ByToken
 
     @property
     def num_experts(self) -> int:
@@ -263,6 +266,7 @@ def _layer(name: str, records: list[dict[str, Any]]) -> LayerRouting:
         dropped_by_position=np.array([bins(layer) for _, layer in seen], dtype=np.float64),
         entropy=column("entropy"),
         max_logit=column("max_logit"),
+        by_token=by_token(seen),
     )
 
 

@@ -143,6 +143,12 @@ def _balance(run: Run) -> Iterator[Fact]:
     if dropped is not None:
         remark = "of all assignments of the run" if dropped else "nothing was dropped"
         yield Fact("dropped", percent(dropped), remark)
+    told = [layer for layer in run.routing if len(layer.by_token)]
+    if told:
+        layer = max(told, key=lambda layer: layer.by_token.guessed[-1])
+        unguided = percent(float(layer.by_token.unguided[-1]))
+        remark = f"first choices, {layer.name}; {unguided} by one guess for all"
+        yield Fact("told by token id", percent(float(layer.by_token.guessed[-1])), remark)
 
 
 def dropped_share(run: Run) -> float | None:

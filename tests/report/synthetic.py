@@ -61,8 +61,17 @@ def layer_record(
     spread = 0.06 + 0.5 * math.exp(-step / 50)
     tilt = [spread * math.sin(depth + 2.3 * expert) for expert in range(num_experts)]
     load = [round(1024 * math.exp(value + generator.gauss(0.0, 0.04))) for value in tilt]
+    record: dict[str, Any] = {}
+    if step % 50 == 0:
+        settled = [(token + (step < 200 and token % 3 == 0)) % num_experts for token in range(40)]
+        record["by_token"] = {
+            "guessed": 0.9 - 0.4 * math.exp(-step / 60) - 0.1 * depth,
+            "unguided": 1 / num_experts,
+            "ids": list(range(40)),
+            "favourite": settled,
+        }
     late = [0.004 * bin / (1 + depth) if drops else 0.0 for bin in range(16)]
-    return {
+    return record | {
         "load": load,
         "dropped": sum(late) / 16 * (1 + math.exp(-step / 50)),
         "dropped_by_position": late,

@@ -12,7 +12,16 @@ from expertmesh.report import figures
 from expertmesh.report.read import read_run
 from tests.report.synthetic import read_lines, write_lines, write_run
 
-EVERY = ["loss", "optimizer", "throughput", "load", "load_over_time", "drops", "entropy"]
+EVERY = [
+    "loss",
+    "optimizer",
+    "throughput",
+    "load",
+    "load_over_time",
+    "drops",
+    "entropy",
+    "by_token",
+]
 
 
 def draw(path: Path) -> dict[str, bytes]:
@@ -46,7 +55,7 @@ def test_any_number_of_layers(tmp_path: Path, num_layers: int) -> None:
 def test_many_experts_and_few_steps(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", steps=5, num_layers=2, num_experts=64, drops=True)
     drawn = draw(path)
-    assert list(drawn) == EVERY
+    assert list(drawn) == EVERY[:-1]  # no evaluation yet
     for png in drawn.values():
         assert_shows_something(png)
 

@@ -65,7 +65,7 @@ def test_one_page_that_loads_nothing(tmp_path: Path) -> None:
     written = {file.read_bytes() for file in (path / "figures").glob("*.png")}
     prefix = "data:image/png;base64,"
     assert {base64.b64decode(image.removeprefix(prefix)) for image in outline.images} == written
-    assert len(written) == 7
+    assert len(written) == 8
 
 
 def test_what_users_supply_is_escaped(tmp_path: Path) -> None:

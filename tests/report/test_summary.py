@@ -33,6 +33,10 @@ def test_headline_equals_the_log(tmp_path: Path) -> None:
     worst = max(record["imbalance"] for record in metrics)
     assert shown["worst load ever"].value == f"{worst:.2f} × fair"
     assert shown["worst load ever"].remark == "at step 5"
+    guessed = 0.9 - 0.4 * math.exp(-300 / 60)
+    assert shown["told by token id"].value == f"{100 * guessed:.1f} %"
+    remark = "first choices, blocks.0.moe; 12.5 % by one guess for all"
+    assert shown["told by token id"].remark == remark
 
 
 def test_bits_per_byte_as_logged(tmp_path: Path) -> None:
