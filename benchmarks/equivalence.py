@@ -1,6 +1,7 @@
 """Every mesh against one process, in float64: results/equivalence.json and docs/equivalence.md.
 
     python benchmarks/equivalence.py           all of it, many minutes on two cores
+    python benchmarks/equivalence.py openmoe   some settings, the others as they are in the JSON
     python benchmarks/equivalence.py --page    the page alone, from the JSON that is there
 
 Models, batches and meshes are those of tests/distributed. Each mesh trains every setting that fits
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from record import RESULTS, save  # noqa: E402  # beside this file
 
 from expertmesh.testing.equivalence import COLUMNS  # noqa: E402
 from tests.distributed.compared import LIMIT, compare, suited  # noqa: E402
-from tests.distributed.layouts import LAYOUTS  # noqa: E402
+from tests.distributed.layouts import LAYOUTS, Layout  # noqa: E402
 from tests.distributed.settings import SETTINGS  # noqa: E402
 from tests.distributed.training import Numbers  # noqa: E402
 
@@ -57,28 +59,48 @@ TYPES = {
 MESHES_OF_TYPES = ("ep2 zero1/0", "tp2 ep2 zero2", "edp2 ep2 zero3")
 
 
-def measure() -> dict[str, Any]:
-    """Errors of every layout."""
+def measure(names: Sequence[str]) -> dict[str, Any]:
+    """Errors of every layout in the settings of these names."""
     layouts = {}
     for layout in LAYOUTS:
         start = time.perf_counter()
-        errors = compare(layout, suited(layout), timeout=1800)
-        worst = max(error for row in errors.values() for error in row.values())
+        errors = compare(layout, _of(names, layout), timeout=1800)
+        worst = max((error for row in errors.values() for error in row.values()), default=0.0)
         seconds = time.perf_counter() - start
         print(f"{layout.world} ranks, {layout.name}: {worst:.1e}, {seconds:.0f} s", flush=True)
         layouts[layout.name] = {"world": layout.world, "errors": errors}
     settings = {name: setting.about for name, setting in SETTINGS.items()}
-    types = measure_types()
+    types = measure_types(names)
     return {"limit": LIMIT, "settings": settings, "layouts": layouts, "types": types}
 
 
-def measure_types() -> dict[str, dict[str, Any]]:
+def _of(names: Sequence[str], layout: Layout) -> list[str]:
+    return [name for name in suited(layout) if name in names]
+
+
+def measure_types(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Errors of a few layouts in other types than float64."""
     chosen = [layout for layout in LAYOUTS if layout.name in MESHES_OF_TYPES]
     return {
-        title: {layout.name: compare(layout, suited(layout), numbers) for layout in chosen}
+        title: {layout.name: compare(layout, _of(names, layout), numbers) for layout in chosen}
         for title, numbers in TYPES.items()
     }
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new result, and from the old one what it has of settings that were not measured."""
+    for name, row in new["layouts"].items():
+        row["errors"] = _merged(old["layouts"].get(name, {}).get("errors", {}), row["errors"])
+    for title, layouts in new["types"].items():
+        for name in layouts:
+            layouts[name] = _merged(old["types"].get(title, {}).get(name, {}), layouts[name])
+    return new
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """In the order of the settings; those that are no more are left out."""
+    both = {**old, **new}
+    return {name: both[name] for name in SETTINGS if name in both}
 
 
 def load() -> dict[str, Any]:
@@ -128,8 +150,15 @@ def _figures(errors: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", action="store_true", help="write the page from the JSON alone")
-    if not parser.parse_args().page:
-        print(f"written to {save(NAME, measure())}")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(SETTINGS))
+    arguments = parser.parse_args()
+    for name in arguments.settings:
+        if name not in SETTINGS:
+            parser.error(f"setting must be one of {', '.join(SETTINGS)}, got {name!r}")
+    if arguments.settings:
+        print(f"written to {save(NAME, merge(load(), measure(arguments.settings)))}")
+    elif not arguments.page:
+        print(f"written to {save(NAME, measure(list(SETTINGS)))}")
     PAGE.write_text(render(load()), encoding="utf-8")
     print(f"written to {PAGE}")
 

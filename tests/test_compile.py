@@ -1,6 +1,7 @@
 """torch.compile: the same outputs, gradients and counters; `aot_eager` traces only."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -66,19 +67,32 @@ def test_the_layer_is_one_graph() -> None:
     assert moe.metrics()["load"].value.sum() == 6
 
 
-@pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointed"])
-def test_the_compiled_decoder_is_the_decoder(saving: bool) -> None:
-    config = DecoderConfig(
-        vocab_size=32,
-        dim=DIM,
-        num_layers=1,
-        num_heads=2,
-        num_experts=EXPERTS,
-        experts_per_token=2,
-        expert_hidden=16,
-        router="gshard",
-    )
-    model = DecoderLM(config)
+OPENMOE: dict[str, Any] = {
+    "attention_scale": 1.0,
+    "mlp": "doubly_gated",
+    "dense_hidden": 12,
+    "extra_mlp": True,
+    "router": "openmoe",
+}
+
+
+@pytest.mark.parametrize(
+    ("saving", "changes"),
+    [(False, {}), (True, {}), (False, OPENMOE)],
+    ids=["plain", "checkpointed", "openmoe"],
+)
+def test_the_compiled_decoder_is_the_decoder(saving: bool, changes: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {
+        "vocab_size": 32,
+        "dim": DIM,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_experts": EXPERTS,
+        "experts_per_token": 2,
+        "expert_hidden": 16,
+        "router": "gshard",
+    }
+    model = DecoderLM(DecoderConfig(**(fields | changes)))
     if saving:
         model.checkpoint_blocks()
     tokens = torch.arange(12).view(2, 6)

@@ -181,6 +181,11 @@ def _one_expert(router: TopKRouter) -> None:
     router.losses = (LoadBalancingLoss(coef=0.1, form="switch"),)
 
 
+def _openmoe(router: TopKRouter) -> None:
+    router.capacity = Capacity(factor=1.25, formula="flaxformer", scope="<=40")
+    router.losses = (LoadBalancingLoss(coef=0.1, form="huggingface"), ZLoss(coef=0.01))
+
+
 @torch.no_grad()
 def _send_all_to_expert_5(model: nn.Module) -> None:
     for moe in moe_layers(model).values():
@@ -192,7 +197,7 @@ def _send_all_to_expert_5(model: nn.Module) -> None:
 SETTINGS: dict[str, Setting] = {
     "dropless": Setting(
         about="normal noise, dropout, balance and z-loss",
-        decoder={"dropout": 0.1},
+        decoder={"dropout": 0.1, "expert_dropout": 0.2},
         routing=_dropless,
     ),
     "padded": Setting(
@@ -238,7 +243,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "random": Setting(
         about="capacity at random, learned noise, dropout, load loss, 2 micro-batches, recomputed",
-        decoder={"dropout": 0.2},
+        decoder={"dropout": 0.2, "expert_dropout": 0.4},
         routing=_at_random,
         capacity=True,
         sequences=4,
@@ -256,6 +261,21 @@ SETTINGS: dict[str, Setting] = {
         rows=2,
         seq_len=3,
         sequences=2,
+    ),
+    "openmoe": Setting(
+        about="OpenMoE: doubly gated, an extra MLP, unscaled attention, slots by 32 tokens",
+        decoder={
+            "attention_scale": 1.0,
+            "head_dim": 6,
+            "qk_norm": "none",
+            "mlp": "doubly_gated",
+            "extra_mlp": True,
+            "num_shared_experts": 0,
+            "router": "openmoe",
+        },
+        routing=_openmoe,
+        capacity=True,
+        lengths=(12, 12, 5, 12, 8, 12, 2, 12),
     ),
     "one layer at 3 depths": Setting(
         about="one MoE layer used at 3 depths, 2 micro-batches",

@@ -24,14 +24,16 @@ SAMPLE: dict[str, list[str]] = {
     "dp2 zero3": ["padded"],
     "ep2 zero1/0": ["dropless", "position", "one layer at 3 depths"],
     "ep2 static zero2": ["token", "random"],
-    "tp2 ep2 zero2": ["priority", "few tokens"],
+    "tp2 ep2 zero2": ["priority", "few tokens", "openmoe"],
     "cp2 ep2 zero3": ["probability", "padded"],
     "pp2 zero0": ["random"],
     "pp2 interleaved2 zero2": ["priority"],
+    "ep4 zero2": ["openmoe"],
+    "edp2 ep2 zero3": ["openmoe"],
     "edp2 ep2 outside zero1": ["dropless", "one expert", "one layer at 3 depths"],
     "ep2 etp2 zero0/3": ["position"],
     "cp2 tp2 ep2 etp2 zero3": ["token"],
-    "pp2 dp2 ep2 zero2": ["one expert"],
+    "pp2 dp2 ep2 zero2": ["one expert", "openmoe"],
     "dp2 cp2 tp2 edp2 ep2 etp2 zero2": ["dropless"],
 }
 

@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expertmesh.data import Batch
 from expertmesh.dispatch.collectives import own_range, total
+from expertmesh.kernels.cross_entropy import token_loss
 from expertmesh.layer import moe_layers, set_loss_scale
 from expertmesh.metrics import Metric
 from expertmesh.models import DecoderLM
+from expertmesh.models.decoder import OutputLayer
 from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel.ddp import ddp
 from expertmesh.parallel.fsdp import parallelize
@@ -24,7 +26,7 @@ from expertmesh.shards import Shard
 from expertmesh.testing.equivalence import Observation, RankView, Watch, join, pieces, rows
 from expertmesh.train.checkpoint import CheckpointFolder
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
-from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline, token_loss
+from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline
 from expertmesh.train.precision import Precision, PrecisionName
 from expertmesh.train.step import Stepper
 from tests.distributed.layouts import Layout
@@ -105,9 +107,10 @@ def _observe(
     model = stepper.model
     answers = model if getattr(model, "head", None) is not None else None
     gradients: dict[str, Shard] = {}
+    outputs: list[Tensor] = []
     with (
         Watch(getattr(model, "embedding", None), "forward") as inputs,
-        Watch(answers, "logits") as outputs,
+        _logits(answers, outputs),
         _gradients_before_clipping(stepper, gradients),
     ):
         results = _train(stepper, setting, range(1, 2))
@@ -119,13 +122,32 @@ def _observe(
         # DDP's backward pass is of a loss that is as many times larger as it averages over.
         input_gradients = [gradient / layout.world for gradient in input_gradients]
     return RankView(
-        outputs=rows(index, outputs.outputs) if answers is not None else [],
+        outputs=rows(index, outputs) if answers is not None else [],
         input_gradients=rows(index, input_gradients) if inputs.outputs else [],
         gradients=gradients,
         norms=norms,
         losses=losses,
         parameters=pieces([*model.named_parameters(), *model.named_buffers()]),
     )
+
+
+@contextmanager
+def _logits(model: Any, found: list[Tensor]) -> Iterator[None]:
+    """Note the logits that each pass would give; the loss is made without them."""
+    if model is None:
+        yield
+        return
+    plain = model.logits
+
+    def logits(hidden_BSD: Tensor, output: OutputLayer | None = None) -> Tensor:
+        with torch.no_grad():
+            found.append(plain(hidden_BSD).clone())
+        result: Tensor = plain(hidden_BSD, output)
+        return result
+
+    model.logits = logits
+    yield
+    del model.logits
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from expertmesh.experts import MLPExperts
 from expertmesh.layer import MoE
+from expertmesh.models.decoder import OutputLayer
 from expertmesh.models.init import init_weights
 from expertmesh.models.norm import RMSNorm
 from expertmesh.random import RandomKey
@@ -46,15 +47,17 @@ class WideNet(nn.Module):
         tokens_BS: Tensor,
         *,
         padding_mask: Tensor | None = None,
+        padded_at_end: bool = False,
         key: RandomKey | None = None,
         cache: None = None,
+        output: OutputLayer | None = None,
     ) -> Tensor:
         """Args: ``(B, S)`` token ids; no cache, for there is no attention. Returns: logits."""
         x_BSD = self.embedding(tokens_BS)
         for norm in self.norms:
             x_BSD = x_BSD + self.moe(norm(x_BSD), padding_mask=padding_mask, key=key)
-        return self.logits(x_BSD)
+        return self.logits(x_BSD, output)
 
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """The output layer alone."""
-        return self.head(x_BSD)
+    def logits(self, x_BSD: Tensor, output: OutputLayer | None = None) -> Tensor:
+        """The output layer alone, or what stands for it."""
+        return self.head(x_BSD) if output is None else output(x_BSD, self.head.weight)
