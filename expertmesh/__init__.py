@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "errors": ["CausalityWarning", "MissingDependency", "UserError"],
     "experts": [
+        "DoublyGatedMLPExperts",
         "Experts",
         "GatedMLPExperts",
         "HeterogeneousExperts",

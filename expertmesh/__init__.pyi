@@ -2,6 +2,7 @@
 
 from expertmesh.errors import CausalityWarning, MissingDependency, UserError
 from expertmesh.experts import (
+    DoublyGatedMLPExperts,
     Experts,
     GatedMLPExperts,
     HeterogeneousExperts,
@@ -77,6 +78,7 @@ __all__ = [
     "CommunicationBalanceLoss",
     "CosineRouter",
     "DeviceBalanceLoss",
+    "DoublyGatedMLPExperts",
     "ExpertChoiceRouter",
     "Experts",
     "FixedRouter",

@@ -29,6 +29,7 @@ ORDER = [
     "phases",
     "models",
     "parallel",
+    "convert",
     "hf",
     "data",
     "train",

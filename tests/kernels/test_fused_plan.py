@@ -6,19 +6,36 @@ import pytest
 import torch
 
 from expertmesh.kernels.moe_mlp.fused import plan
-from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Plan, Tile, default_plan, plan_for
+from expertmesh.kernels.moe_mlp.fused.plan import (
+    SHIPPED,
+    Plan,
+    Turns,
+    by_turns,
+    default_plan,
+    plan_for,
+)
 
 SHARED_MEMORY = 227 * 1024
 TABLE = json.loads(SHIPPED.read_text(encoding="utf-8"))
 SHAPES = [tuple(map(int, name.split("x"))) for name in TABLE["plans"]]
 
 
-def plan_on(name: str, dtype: torch.dtype, rows: int, dim: int, hidden: int) -> Plan:
+def plan_on(
+    name: str,
+    dtype: torch.dtype,
+    rows: int,
+    dim: int,
+    hidden: int,
+    *,
+    packed: bool = True,
+    turns: bool = True,
+) -> Plan:
     plan._device_name.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda index: name)
+        patch.setattr(plan, "takes_turns", lambda device: turns)
         sizes = {"num_experts": 8, "num_assignments": 8 * rows, "dim": dim, "hidden": hidden}
-        chosen = plan_for(torch.device("cuda", 0), dtype, parts=2, **sizes)
+        chosen = plan_for(torch.device("cuda", 0), dtype, parts=2, packed=packed, **sizes)
     plan._device_name.cache_clear()
     return chosen
 
@@ -33,10 +50,30 @@ def test_six_shapes_are_shipped() -> None:
 def test_shipped_plans_replace_the_rule(dim: int, hidden: int) -> None:
     chosen = plan_on(TABLE["device"], torch.bfloat16, 4096, dim, hidden)
     for product, fields in TABLE["plans"][f"{dim}x{hidden}"].items():
-        assert getattr(chosen, product) == (None if fields is None else Tile(**fields))
-    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == default_plan(
-        torch.bfloat16, 128, dim=dim, hidden=hidden, parts=2
+        assert getattr(chosen, product) == plan._tile(fields)
+    rule = default_plan(torch.bfloat16, 128, dim=dim, hidden=hidden, parts=2)
+    assert plan_on("another", torch.bfloat16, 4096, dim, hidden, turns=False) == rule
+    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == by_turns(
+        rule, torch.bfloat16, hidden
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "dim", "hidden", "able"),
+    [
+        (torch.bfloat16, 4096, 2048, 1024, {"packed": False}),
+        (torch.bfloat16, 4096, 2048, 1024, {"turns": False}),
+        (torch.bfloat16, 16, 2048, 1024, {}),
+        (torch.bfloat16, 4096, 2048, 96, {}),
+        (torch.float32, 4096, 2048, 1024, {}),
+    ],
+)
+def test_no_turns_where_they_do_not_run(
+    dtype: torch.dtype, rows: int, dim: int, hidden: int, able: dict[str, bool]
+) -> None:
+    chosen = plan_on(TABLE["device"], dtype, rows, dim, hidden, **able)
+    assert not any(isinstance(tile, Turns) for tile in vars(chosen).values())
+    assert isinstance(plan_on("another", torch.float16, 4096, 256, 512).dhidden, Turns)
 
 
 def test_few_rows_take_low_tiles() -> None:
@@ -50,6 +87,7 @@ def test_few_rows_take_low_tiles() -> None:
 def test_tiles_fit_shared_memory(dtype: torch.dtype, parts: int, dim: int, hidden: int) -> None:
     for rows in (64, 128):
         chosen = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
+        assert 2 * Turns.rows * Turns.depth * 2 * Turns.stages <= SHARED_MEMORY
         for product in ("up", "down", "dhidden", "dx", "dup", "ddown"):
             tile = getattr(chosen, product)
             if tile is None:

@@ -69,7 +69,7 @@ def up_rows_kernel(
     EXPERT: tl.constexpr,
     PART: tl.constexpr,
     UNIT: tl.constexpr,
-    GATED: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -78,7 +78,8 @@ def up_rows_kernel(
 ):
     """``hidden[n] = activation(up[expert[n]] x[n // K])`` for one assignment and BLOCK_F units.
 
-    EXPERT, PART and UNIT are strides of ``up``; its last dim has stride 1.
+    PARTS projections are multiplied, see ``_store_hidden``. EXPERT, PART and UNIT are strides of
+    ``up``; its last dim has stride 1.
     """
     n = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -87,22 +88,26 @@ def up_rows_kernel(
     _wait(PDL)
     e = tl.load(expert + n)
     if e < E:
-        gate_row = up + (e * EXPERT + row.to(tl.int64) * UNIT)[:, None]
-        linear_row = gate_row + PART
+        first_row = up + (e * EXPERT + row.to(tl.int64) * UNIT)[:, None]
         x_row = x + (n // K).to(tl.int64) * D
-        gate = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
-        linear = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+        first = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+        second = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
+        third = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + inner
             value = tl.load(x_row + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-            weight = tl.load(gate_row + d[None, :], mask=d[None, :] < D, other=0.0)
-            gate += weight.to(tl.float32) * value
-            if GATED:
-                weight = tl.load(linear_row + d[None, :], mask=d[None, :] < D, other=0.0)
-                linear += weight.to(tl.float32) * value
+            weight = tl.load(first_row + d[None, :], mask=d[None, :] < D, other=0.0)
+            first += weight.to(tl.float32) * value
+            if PARTS > 1:
+                weight = tl.load(first_row + PART + d[None, :], mask=d[None, :] < D, other=0.0)
+                second += weight.to(tl.float32) * value
+            if PARTS > 2:
+                weight = tl.load(first_row + 2 * PART + d[None, :], mask=d[None, :] < D, other=0.0)
+                third += weight.to(tl.float32) * value
         _store_hidden(
-            tl.sum(gate, axis=1)[None, :],
-            tl.sum(linear, axis=1)[None, :],
+            tl.sum(first, axis=1)[None, :],
+            tl.sum(second, axis=1)[None, :],
+            tl.sum(third, axis=1)[None, :],
             bias,
             e,
             hidden,
@@ -110,7 +115,7 @@ def up_rows_kernel(
             tl.full((1,), 1, tl.int1),
             f,
             F,
-            GATED,
+            PARTS,
             ACTIVATION,
             HAS_BIAS,
         )
@@ -118,8 +123,9 @@ def up_rows_kernel(
 
 @triton.jit
 def _store_hidden(
-    gate,
-    linear,
+    first,
+    second,
+    third,
     bias,
     e,
     hidden,
@@ -127,20 +133,28 @@ def _store_hidden(
     wanted,
     f,
     F: tl.constexpr,
-    GATED: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Add the bias, activate and store, ``(positions, units)``."""
+    """Add the bias, activate and store, ``(positions, units)``.
+
+    Of one part the activation, of two ``act(first) * second``, of three
+    ``first * act(second) * third``.
+    """
     if HAS_BIAS:
-        parts: tl.constexpr = 2 if GATED else 1
-        own = bias + e * (parts * F) + f
-        gate += tl.load(own, mask=f < F, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            linear += tl.load(own + F, mask=f < F, other=0.0).to(tl.float32)[None, :]
-    value = activate(gate, ACTIVATION)
-    if GATED:
-        value = value * linear
+        own = bias + e * (PARTS * F) + f
+        first += tl.load(own, mask=f < F, other=0.0).to(tl.float32)[None, :]
+        if PARTS > 1:
+            second += tl.load(own + F, mask=f < F, other=0.0).to(tl.float32)[None, :]
+        if PARTS > 2:
+            third += tl.load(own + 2 * F, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    if PARTS == 3:
+        value = first * activate(second, ACTIVATION) * third
+    elif PARTS == 2:
+        value = activate(first, ACTIVATION) * second
+    else:
+        value = activate(first, ACTIVATION)
     target = hidden + position.to(tl.int64)[:, None] * F + f[None, :]
     mask = wanted[:, None] & (f < F)[None, :]
     tl.store(target, value.to(hidden.dtype.element_ty), mask=mask)
@@ -192,6 +206,16 @@ def down_rows_kernel(
 
 
 @triton.jit
+def _columns(row, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns ``d`` of weights whose rows begin at ``row``."""
+    if D % BLOCK_D == 0:
+        weight = tl.load(row + d[None, :])
+    else:
+        weight = tl.load(row + d[None, :], mask=d[None, :] < D, other=0.0)
+    return weight
+
+
+@triton.jit
 def up_experts_kernel(
     x,
     order,
@@ -205,7 +229,7 @@ def up_experts_kernel(
     EXPERT: tl.constexpr,
     PART: tl.constexpr,
     UNIT: tl.constexpr,
-    GATED: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -220,36 +244,36 @@ def up_experts_kernel(
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     row = tl.minimum(f, F - 1)
     inner = tl.arange(0, BLOCK_D)
-    gate_row = up + (e.to(tl.int64) * EXPERT + row.to(tl.int64) * UNIT)[:, None]
-    linear_row = gate_row + PART
+    first_row = up + (e.to(tl.int64) * EXPERT + row.to(tl.int64) * UNIT)[:, None]
     _wait(PDL)
     begin = tl.load(offsets + e)
     end = tl.load(offsets + e + 1)
-    for first in range(begin, end, BLOCK_N):
-        position = first + tl.arange(0, BLOCK_N)
+    for top in range(begin, end, BLOCK_N):
+        position = top + tl.arange(0, BLOCK_N)
         # The last row stands in for those past the end: loads without a mask stay 16 bytes wide.
         n = tl.load(order + tl.minimum(position, end - 1))
         x_row = x + (n // K).to(tl.int64)[None, :] * D
-        gate = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
-        linear = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
+        first = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
+        second = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
+        third = tl.zeros((BLOCK_F, BLOCK_N), tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             d = start + inner
             if D % BLOCK_D == 0:
                 value = tl.load(x_row + d[:, None])
-                weight = tl.load(gate_row + d[None, :])
             else:
                 value = tl.load(x_row + d[:, None], mask=d[:, None] < D, other=0.0)
-                weight = tl.load(gate_row + d[None, :], mask=d[None, :] < D, other=0.0)
-            gate = tl.dot(weight, value, gate, input_precision=PRECISION)
-            if GATED:
-                if D % BLOCK_D == 0:
-                    weight = tl.load(linear_row + d[None, :])
-                else:
-                    weight = tl.load(linear_row + d[None, :], mask=d[None, :] < D, other=0.0)
-                linear = tl.dot(weight, value, linear, input_precision=PRECISION)
+            weight = _columns(first_row, d, D, BLOCK_D)
+            first = tl.dot(weight, value, first, input_precision=PRECISION)
+            if PARTS > 1:
+                weight = _columns(first_row + PART, d, D, BLOCK_D)
+                second = tl.dot(weight, value, second, input_precision=PRECISION)
+            if PARTS > 2:
+                weight = _columns(first_row + 2 * PART, d, D, BLOCK_D)
+                third = tl.dot(weight, value, third, input_precision=PRECISION)
         _store_hidden(
-            tl.trans(gate),
-            tl.trans(linear),
+            tl.trans(first),
+            tl.trans(second),
+            tl.trans(third),
             bias,
             e,
             hidden,
@@ -257,7 +281,7 @@ def up_experts_kernel(
             position < end,
             f,
             F,
-            GATED,
+            PARTS,
             ACTIVATION,
             HAS_BIAS,
         )
