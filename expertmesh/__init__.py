@@ -23,6 +23,8 @@ _PLACES = {
         "MLPExperts",
         "ModuleExperts",
         "ScaledInputExperts",
+        "UnequalGatedMLPExperts",
+        "UnequalMLPExperts",
     ],
     "layer": ["MoE", "MoELoss", "moe_layers", "set_loss_scale"],
     "metrics": ["Metric", "RoutingSummary", "summarize"],

@@ -9,6 +9,8 @@ from expertmesh.experts import (
     MLPExperts,
     ModuleExperts,
     ScaledInputExperts,
+    UnequalGatedMLPExperts,
+    UnequalMLPExperts,
 )
 from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
 from expertmesh.metrics import Metric, RoutingSummary, summarize
@@ -123,6 +125,8 @@ __all__ = [
     "TokenCap",
     "TokenChoice",
     "TopKRouter",
+    "UnequalGatedMLPExperts",
+    "UnequalMLPExperts",
     "UniformNoise",
     "UniformRouter",
     "UserError",

@@ -7,6 +7,7 @@ from expertmesh.experts.heterogeneous import HeterogeneousExperts
 from expertmesh.experts.mlp import MLPExperts
 from expertmesh.experts.module import ModuleExperts
 from expertmesh.experts.scaled_input import ScaledInputExperts
+from expertmesh.experts.unequal import UnequalGatedMLPExperts, UnequalMLPExperts
 
 __all__ = [
     "DoublyGatedMLPExperts",
@@ -16,4 +17,6 @@ __all__ = [
     "MLPExperts",
     "ModuleExperts",
     "ScaledInputExperts",
+    "UnequalGatedMLPExperts",
+    "UnequalMLPExperts",
 ]

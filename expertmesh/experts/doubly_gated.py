@@ -28,7 +28,7 @@ class DoublyGatedMLPExperts(StackedMLPExperts):
         dropout: Probability that training drops a hidden unit (Switch's expert dropout,
             arXiv 2101.03961, 2.4: 0.4 in fine-tuning, with 0.1 elsewhere).
         seed: Governs the initial values; None draws one from torch's generator.
-        backend: ``"auto"``, or one of decode, gather, grouped_mm, loop, reference.
+        backend: ``"auto"``, or a name that ``expertmesh doctor`` lists.
         device: Where the parameters lie. On ``meta`` nothing is drawn; call
             ``reset_parameters(seed)`` after ``to_empty``.
         dtype: Of the parameters.

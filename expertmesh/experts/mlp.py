@@ -16,15 +16,15 @@ class MLPExperts(StackedMLPExperts):
         dim: Width D of the rows.
         hidden: Hidden width F of one expert.
         num_experts: Number of experts E.
-        activation: silu, gelu, gelu_tanh, relu, or any elementwise callable without parameters.
+        activation: silu, gelu, gelu_tanh, relu, relu2, or any elementwise callable without
+            parameters.
         bias: Whether both projections have biases.
         init_std: Standard deviation of all weights; None takes ``D ** -0.5`` for ``up`` and
             ``F ** -0.5`` for ``down``, which keeps the size of what passes through. Biases are 0.
         dropout: Probability that training drops a hidden unit (Switch's expert dropout,
             arXiv 2101.03961, 2.4: 0.4 in fine-tuning, with 0.1 elsewhere).
         seed: Governs the initial values; None draws one from torch's generator.
-        backend: ``"auto"``, or one of decode, gather, triton, grouped_mm, loop,
-            reference.
+        backend: ``"auto"``, or a name that ``expertmesh doctor`` lists.
         device: Where the parameters lie. On ``meta`` nothing is drawn; call
             ``reset_parameters(seed)`` after ``to_empty``.
         dtype: Of the parameters.

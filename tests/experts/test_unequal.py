@@ -73,6 +73,15 @@ def test_in_a_layer() -> None:
     assert all(p.grad is not None for p in layer.parameters())
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_leaves_them_out() -> None:
+    layer = MoE(TopKRouter(4, 3, 2), UnequalGatedMLPExperts(4, WIDTHS)).eval()
+    x = torch.randn(2, 5, 4)
+    expected = layer(x)
+    layer.experts.forward = torch.compiler.disable(layer.experts.forward)
+    assert_close("y", torch.compile(layer, backend="eager")(x), expected)
+
+
 def test_meta_is_drawn_later() -> None:
     experts = UnequalMLPExperts(4, WIDTHS, device="meta").to_empty(device="cpu")
     experts.reset_parameters(2)

@@ -10,7 +10,7 @@ from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ["loop", "gather", "grouped_mm", "auto"]
+BACKENDS = ["loop", "gather", "grouped_mm", "block_sparse", "auto"]
 SHAPES = [
     {"rows": 64, "dim": 64, "hidden": 32, "num_experts": 8, "k": 2},
     {"rows": 300, "dim": 128, "hidden": 96, "num_experts": 5, "k": 3, "bias": False},
