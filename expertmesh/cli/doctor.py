@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expertmesh.kernels.backends import Problem
+    from expertmesh.kernels.moe_mlp.fused.plan import Tile, Turns
 
 HELP = "show what is installed, which backends run here, and what auto picks"
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
 
     # Brackets in what backends say, as in expertmesh[gpu], are text.
     console = Console(markup=False)
-    for table in (_machine(), _choices(), _backends(), _extras()):
+    for table in (_machine(), _choices(), _products(), _operations(), _backends(), _extras()):
         console.print(table)
     return 0
 
@@ -49,6 +50,8 @@ def _table(title: str, *columns: str) -> "Table":
 def _machine() -> "Table":
     import torch
 
+    from expertmesh.kernels.triton_support import TRITON_VERSION
+
     table = _table("This machine", "what", "value")
     table.add_row("expertmesh", _version("expertmesh") or "not installed, run from its folder")
     table.add_row("python", platform.python_version())
@@ -56,6 +59,7 @@ def _machine() -> "Table":
     table.add_row("system", platform.platform())
     table.add_row("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     table.add_row("oneDNN", "yes" if torch.backends.mkldnn.is_available() else "no")
+    table.add_row("Triton", "not installed" if TRITON_VERSION is None else TRITON_VERSION or "?")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         about = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
@@ -77,24 +81,26 @@ def _devices() -> "list[torch.device]":
 def _problems() -> "Iterator[tuple[str, Problem]]":
     import torch
 
-    from expertmesh.kernels.backends import Problem
-
-    uses = {"training, 4096 tokens": (16384, True), "decoding, 1 token": (4, False)}
     for device in _devices():
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for use, (num_assignments, needs_grad) in uses.items():
-                yield (
-                    use,
-                    Problem(
-                        device=device,
-                        dtype=dtype,
-                        num_experts=32,
-                        num_assignments=num_assignments,
-                        dim=256,
-                        hidden=512,
-                        needs_grad=needs_grad,
-                    ),
-                )
+            yield "training, 4096 tokens", _problem(device, dtype, 16384, needs_grad=True)
+            yield "decoding, 1 token", _problem(device, dtype, 4, needs_grad=False)
+
+
+def _problem(
+    device: "torch.device", dtype: "torch.dtype", num_assignments: int, *, needs_grad: bool
+) -> "Problem":
+    from expertmesh.kernels.backends import Problem
+
+    return Problem(
+        device=device,
+        dtype=dtype,
+        num_experts=32,
+        num_assignments=num_assignments,
+        dim=256,
+        hidden=512,
+        needs_grad=needs_grad,
+    )
 
 
 def _choices() -> "Table":
@@ -109,6 +115,74 @@ def _choices() -> "Table":
         dtype = str(problem.dtype).removeprefix("torch.")
         chosen = explanation.chosen.name
         table.add_row(str(problem.device), dtype, use, chosen, "\n".join(reasons))
+    return table
+
+
+def _products() -> "Table":
+    """Which kernels the backend ``triton`` is made of here, and why Gluon's are not among them."""
+    import torch
+
+    from expertmesh.kernels.backends import explain
+    from expertmesh.kernels.moe_mlp import MLP_BACKENDS
+    from expertmesh.kernels.moe_mlp.fused.plan import plan_for, turns_refusal
+
+    table = _table("Kernels behind triton (training, bfloat16)", "device", "product", "kernel")
+    for device in _devices():
+        problem = _problem(device, torch.bfloat16, 16384, needs_grad=True)
+        reason = explain(MLP_BACKENDS, problem).reasons.get("triton")
+        if reason is not None:
+            table.add_row(str(device), "all", f"none of them: {reason}")
+            continue
+        dim, hidden = problem.dim, problem.hidden
+        plan = plan_for(
+            device,
+            problem.dtype,
+            num_experts=problem.num_experts,
+            num_assignments=problem.num_assignments,
+            dim=dim,
+            hidden=hidden,
+            parts=problem.num_parts,
+            packed=True,
+        )
+        for product in ("up", "down", "dhidden", "dx", "dup", "ddown"):
+            table.add_row(str(device), product, _kernel(getattr(plan, product)))
+        refusal = turns_refusal(
+            device, problem.dtype, rows=plan.rows, dim=dim, hidden=hidden, packed=True
+        )
+        turns = "used where they are faster" if refusal is None else f"not used: {refusal}"
+        table.add_row(str(device), "Gluon kernels", turns)
+    return table
+
+
+def _kernel(tile: "Tile | Turns | None") -> str:
+    from expertmesh.kernels.moe_mlp.fused.plan import Turns
+
+    if tile is None:
+        return "torch's grouped_mm over a gathered copy"
+    language = "Gluon, two warpgroups by turns" if isinstance(tile, Turns) else "Triton"
+    return f"{language}, tiles of {tile.rows} x {tile.columns} x {tile.depth}"
+
+
+def _operations() -> "Table":
+    """The operations that have one fast implementation and one for everything else."""
+    import torch
+
+    from expertmesh.kernels.grouped_gemm.matmul import onednn_available
+    from expertmesh.kernels.router import logits_refusal, statistics_refusal
+
+    table = _table("Other operations", "device", "dtype", "operation", "what runs", "why")
+    for device in _devices():
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            refusal = logits_refusal(device, dtype, torch.float32, 32)
+            runs = "torch operations" if refusal else "Triton kernels"
+            table.add_row(str(device), name, "router's logits, choice, gates", runs, refusal or "")
+        refusal = statistics_refusal(device, torch.float32, 32)
+        runs = "torch operations" if refusal else "Triton kernels"
+        table.add_row(str(device), "float32", "counters, balance losses", runs, refusal or "")
+        table.add_row(str(device), "any", "cross-entropy", "torch, some tokens at a time", "")
+    runs, why = ("oneDNN", "") if onednn_available() else ("torch.mm", "this torch has no oneDNN")
+    table.add_row("cpu", "float32", "products of the backend loop", runs, why)
     return table
 
 

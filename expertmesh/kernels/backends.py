@@ -27,7 +27,9 @@ class Problem:
         dim: D, the rows' width.
         hidden: F, the experts' hidden width.
         needs_grad: Whether a backward pass may follow.
+        num_parts: Projections that are multiplied: 1, 2 if gated, 3 if doubly gated.
         activation: Its name in ``ACTIVATIONS``; None for a callable of the user's own.
+        dropout: Whether hidden units are dropped.
         compiling: Whether ``torch.compile`` is tracing.
         capturing: Whether a CUDA graph is being recorded.
     """
@@ -39,7 +41,9 @@ class Problem:
     dim: int
     hidden: int
     needs_grad: bool
+    num_parts: int = 2
     activation: str | None = "silu"
+    dropout: bool = False
     compiling: bool = False
     capturing: bool = False
 
@@ -74,10 +78,15 @@ def choose(backends: Sequence[BackendT], problem: Problem, name: str = "auto") -
         ValueError: If the name is unknown, or the forced backend cannot run the problem.
     """
     if name == "auto":
-        able = [backend for backend in backends if backend.refusal(problem) is None]
-        if not able:
+        able = None
+        for backend in backends:  # asked in turn: each answer costs the host time at every call
+            if backend.refusal(problem) is None:
+                if backend.suits(problem):
+                    return backend
+                able = able or backend
+        if able is None:
             raise ValueError(f"no backend runs {problem.dtype} on {problem.device}")
-        return next((backend for backend in able if backend.suits(problem)), able[0])
+        return able
     for backend in backends:
         if backend.name == name:
             reason = backend.refusal(problem)

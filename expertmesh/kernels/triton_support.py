@@ -2,10 +2,27 @@
 
 import importlib.util
 import os
+from importlib import metadata
 
 import torch
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
+_OLDEST = (3, 6)
+
+
+def _installed() -> str | None:
+    """Triton's version, "" if it does not say; None if there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for package in ("triton", "pytorch-triton"):  # the latter comes with torch's nightly builds
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+TRITON_VERSION = _installed()
+"""Read once: what is traced by ``torch.compile`` asks for it."""
 
 
 def triton_refusal(device: torch.device) -> str | None:
@@ -13,16 +30,28 @@ def triton_refusal(device: torch.device) -> str | None:
 
     On a CPU they run under Triton's interpreter alone, which is for tests.
     """
-    if not _INSTALLED:
+    if TRITON_VERSION is None:
         return "triton is not installed; run: pip install 'expertmesh[gpu]'"
+    if TRITON_VERSION and _numbers(TRITON_VERSION) < _OLDEST:
+        return (
+            f"its kernels need Triton {_OLDEST[0]}.{_OLDEST[1]}, installed is {TRITON_VERSION}; "
+            "run: pip install 'expertmesh[gpu]'"
+        )
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "Triton has no kernels for the CPU"
     if device.type != "cuda":
         return f"Triton has no kernels for {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "its kernels need compute capability 8.0"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA's GPUs, this torch is built for AMD's"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its kernels need compute capability 8.0, this device has {major}.{minor}"
     return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def has_dependent_launch(device: torch.device) -> bool:

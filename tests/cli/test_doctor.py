@@ -7,6 +7,7 @@ import torch
 
 from expertmesh.cli import doctor
 from expertmesh.kernels import triton_support
+from expertmesh.kernels.moe_mlp.fused import plan
 
 
 def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -43,8 +44,76 @@ def test_missing_extra_shows_the_pip_line(
 def test_brackets_in_a_reason_are_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_support, "_INSTALLED", False)
+    monkeypatch.setattr(triton_support, "TRITON_VERSION", None)
     assert "pip install 'expertmesh[gpu]'" in printed(capsys, monkeypatch)
+
+
+def cells(line: str) -> list[str]:
+    """Of a row of the table of products."""
+    words = [word.strip() for word in line.strip("│").split("│")]
+    return words if len(words) == 3 and words[0] == "cuda" else []
+
+
+def on_gpu(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    triton: str | None,
+) -> str:
+    """What the doctor prints where the probes find a GPU and a version of Triton."""
+    monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cuda")])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    for module in (triton_support, plan):
+        monkeypatch.setattr(module, "TRITON_VERSION", triton)
+    plan._device_name.cache_clear()
+    try:
+        return printed(capsys, monkeypatch)
+    finally:
+        plan._device_name.cache_clear()
+
+
+def test_on_hopper_every_product_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = on_gpu(capsys, monkeypatch, (9, 0), "3.6.0")
+    kernel = {words[1]: words[2] for words in map(cells, text.splitlines()) if words}
+    assert kernel["up"].startswith("Triton, tiles of 128 x 256 x 64")
+    for product in ("down", "dhidden", "dx"):
+        assert kernel[product].startswith("Gluon, two warpgroups by turns, tiles of 128 x 128 x 64")
+    assert "Gluon kernels │ used where they are faster" in text
+    assert "its kernels are for GPUs" not in text
+
+
+def test_another_triton_runs_without_gluon_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = on_gpu(capsys, monkeypatch, (9, 0), "3.7.1")
+    assert "two warpgroups" not in text
+    assert "not used: they are written in Gluon" in text
+    assert "installed is 3.7.1" in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "reason"),
+    [
+        ((8, 0), "3.6.0", "its kernels are for compute capability 9, this device has 8.0"),
+        ((7, 5), "3.6.0", "its kernels need compute capability 8.0, this device has 7.5"),
+        ((9, 0), "3.2.0", "its kernels need Triton 3.6, installed is 3.2.0"),
+        ((9, 0), None, "triton is not installed"),
+    ],
+    ids=str,
+)
+def test_without_hopper_or_triton_the_reason_stands_there(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    triton: str | None,
+    reason: str,
+) -> None:
+    text = on_gpu(capsys, monkeypatch, capability, triton)
+    assert f"none of them: {reason}" in text
+    assert ("│ Triton kernels " in text) == (capability == (8, 0))  # the router's run there
 
 
 def test_extras_come_from_the_package_itself() -> None:

@@ -61,6 +61,29 @@ def test_forced_but_impossible(name: str, change: dict[str, object], message: st
         choose(MLP_BACKENDS, replace(CPU, **change), name)
 
 
+def test_auto_asks_no_further_than_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question costs the host time at every call of a layer."""
+    asked = []
+    for backend in MLP_BACKENDS:
+        monkeypatch.setattr(type(backend), "refusal", lambda self, problem: asked.append(self.name))
+    monkeypatch.setattr(type(MLP_BACKENDS[0]), "suits", lambda self, problem: True)
+    assert choose(MLP_BACKENDS, CPU) is MLP_BACKENDS[0]
+    assert asked == [MLP_BACKENDS[0].name]
+
+
+def test_auto_takes_the_first_that_can_where_none_suits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in MLP_BACKENDS:
+        monkeypatch.setattr(type(backend), "suits", lambda self, problem: False)
+    assert choose(MLP_BACKENDS, CPU).name == "gather"
+
+
+def test_nothing_that_can_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in MLP_BACKENDS:
+        monkeypatch.setattr(type(backend), "refusal", lambda self, problem: "no")
+    with pytest.raises(ValueError, match=r"no backend runs torch\.float32 on cpu"):
+        choose(MLP_BACKENDS, CPU)
+
+
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"one of auto, .*gather.*got 'lop'; did you mean 'loop'"):
         choose(MLP_BACKENDS, CPU, "lop")
@@ -69,7 +92,7 @@ def test_unknown_name() -> None:
 def test_explain_gives_a_reason_for_each_other() -> None:
     explanation = explain(MLP_BACKENDS, replace(CPU, dtype=torch.float64))
     assert explanation.chosen.name == "loop"
-    others = {"decode", "gather", "grouped_mm", "reference", "triton"}
+    others = {"block_sparse", "decode", "gather", "grouped_mm", "reference", "triton"}
     assert explanation.reasons.keys() == others
     assert "not torch.float64" in explanation.reasons["grouped_mm"]
     assert explanation.reasons["gather"] == "can run, expected to be slower"

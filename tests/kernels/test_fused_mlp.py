@@ -11,6 +11,7 @@ import torch
 
 from expertmesh.kernels.moe_mlp.fused import run as fused_run
 from expertmesh.kernels.moe_mlp.fused.plan import Plan, Tile
+from expertmesh.kernels.moe_mlp.problem import MLPOperands
 from expertmesh.testing import assert_close
 from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run
 
@@ -28,7 +29,7 @@ PLAN = Plan(
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_run, "plan_for", lambda *args, **kwargs: PLAN)
+    monkeypatch.setattr(fused_run, "_plan", lambda *operands: PLAN)
 
 
 def case_of(**changes: object) -> Case:
@@ -108,6 +109,37 @@ def test_interleaved_gate_and_up_are_read_in_place() -> None:
     expected = run(case, "reference")
     assert_close("y", y, expected["y"])
     assert_close("dup", dup, expected["dup"])
+
+
+def test_interleaved_gate_and_up_are_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of()
+    up = case.up.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+    def flattened(operands: MLPOperands) -> None:
+        raise AssertionError("flattening these strides copies all matrices")
+
+    monkeypatch.setattr(MLPOperands, "up_EHD", property(flattened))
+    y = call(case, {**case.tensors, "up": up}, "triton")
+    (dup,) = torch.autograd.grad(y, up, case.dy)
+    assert dup.stride() == up.stride()
+
+
+def test_matrices_that_start_anywhere_in_a_buffer() -> None:
+    """The copy engine reads from multiples of 16 bytes."""
+    case = case_of()
+
+    def moved(matrices: torch.Tensor) -> torch.Tensor:
+        buffer = matrices.new_empty(matrices.numel() + 1)[1:]
+        return buffer.copy_(matrices.flatten()).view_as(matrices)
+
+    shifted = {name: moved(getattr(case, name)).requires_grad_() for name in ("up", "down")}
+    assert all(matrices.data_ptr() % 16 for matrices in shifted.values())
+    y = call(case, {**case.tensors, **shifted}, "triton")
+    expected = run(case, "reference")
+    assert_close("y", y, expected["y"])
+    gradients = torch.autograd.grad(y, list(shifted.values()), case.dy)
+    for name, gradient in zip(shifted, gradients, strict=True):
+        assert_close(f"d{name}", gradient, expected[f"d{name}"])
 
 
 def test_strided_inputs() -> None:

@@ -1,6 +1,7 @@
 """Plans of shapes, shipped and by rule."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def plan_on(
     plan._device_name.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda index: name)
-        patch.setattr(plan, "takes_turns", lambda device: turns)
+        patch.setattr(plan, "_turns_refusal_here", lambda device: None if turns else "no")
         sizes = {"num_experts": 8, "num_assignments": 8 * rows, "dim": dim, "hidden": hidden}
         chosen = plan_for(torch.device("cuda", 0), dtype, parts=2, packed=packed, **sizes)
     plan._device_name.cache_clear()
@@ -96,3 +97,39 @@ def test_tiles_fit_shared_memory(dtype: torch.dtype, parts: int, dim: int, hidde
             step = (tile.rows + tile.columns) * tile.depth * dtype.itemsize
             assert step * buffers * tile.per_sm <= SHARED_MEMORY, product
             assert tile.rows == chosen.rows or product in ("dup", "ddown")
+
+
+def refusal_of(**changes: Any) -> str | None:
+    given: dict[str, Any] = {
+        "rows": 128,
+        "dim": 256,
+        "hidden": 512,
+        "packed": True,
+        "dtype": torch.bfloat16,
+    }
+    given |= changes
+    return plan.turns_refusal(torch.device("cuda", 0), **given)
+
+
+def test_turns_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(plan, "TRITON_VERSION", "3.6.1")
+    assert refusal_of() is None
+    for change, reason in (
+        ({"dtype": torch.float32}, "16 bits, not torch.float32"),
+        ({"rows": 64}, "fewer than 64 rows"),
+        ({"dim": 320}, "multiples of 128, got 320 and 512"),
+        ({"hidden": 704}, "multiples of 128, got 256 and 704"),
+        ({"packed": False}, "one after another in memory"),
+    ):
+        assert reason in str(refusal_of(**change))
+    for version in ("3.7.0", "3.60.0", "", None):
+        monkeypatch.setattr(plan, "TRITON_VERSION", version)
+        assert "written in Gluon" in str(refusal_of())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "this device has 10.0" in str(refusal_of())
+
+
+def test_turns_have_one_shape_of_tile() -> None:
+    with pytest.raises(TypeError, match="columns"):
+        plan._tile({"turns": {"columns": 256}})

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from expertmesh.kernels.grouped_gemm.base import GroupedGemm
 
-ALIGNMENT = 16
-"""Bytes that every row stride must be a multiple of."""
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

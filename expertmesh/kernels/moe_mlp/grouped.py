@@ -15,10 +15,16 @@ from expertmesh.kernels.activations import hidden_from_parts, hidden_from_parts_
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import cast, without_autocast
 from expertmesh.kernels.grouped_gemm import GroupedGemm, TorchGroupedMM
-from expertmesh.kernels.grouped_gemm.torch_grouped_mm import ALIGNMENT, DTYPES
+from expertmesh.kernels.grouped_gemm.torch_grouped_mm import DTYPES
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
 from expertmesh.kernels.moe_mlp.dropout import dropped, dropped_vjp
-from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+from expertmesh.kernels.moe_mlp.problem import (
+    ALIGNMENT,
+    MLPBackend,
+    MLPOperands,
+    MLPSpec,
+    misaligned,
+)
 
 
 class GroupedMLP(MLPBackend):
@@ -36,21 +42,13 @@ class GroupedMLP(MLPBackend):
             return f"grouped_mm takes float32, float16 and bfloat16, not {problem.dtype}"
         if problem.compiling and problem.dtype != torch.bfloat16:
             return "torch.compile traces grouped_mm for bfloat16 only"
-        return _misaligned(problem) or _device_refusal(problem)
+        return misaligned(problem) or _device_refusal(problem)
 
     def suits(self, problem: Problem) -> bool:
         return problem.device.type == "cuda" and problem.dtype == torch.bfloat16
 
     def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
         return run_grouped(operands, spec, TorchGroupedMM())
-
-
-def _misaligned(problem: Problem) -> str | None:
-    for name, width in (("dim", problem.dim), ("hidden", problem.hidden)):
-        if width * problem.dtype.itemsize % ALIGNMENT != 0:
-            multiple = ALIGNMENT // problem.dtype.itemsize
-            return f"{name} must be a multiple of {multiple} for {problem.dtype}, got {width}"
-    return None
 
 
 def _device_refusal(problem: Problem) -> str | None:

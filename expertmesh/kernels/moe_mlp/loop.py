@@ -43,8 +43,7 @@ class LoopMLP(MLPBackend):
         if torch.compiler.is_compiling() or operands.x_RD.is_meta:
             return run_grouped(operands, spec, LoopGemm())
         grouping = group_by_expert(operands.expert_RK, operands.num_experts)
-        wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
-        keep = wanted and torch.is_grad_enabled()
+        keep = operands.needs_grad
         return _LoopFunction.apply(*operands.differentiable, operands.draw_R, grouping, spec, keep)
 
 

@@ -109,7 +109,6 @@ def moe_mlp(
 def _problem(operands: MLPOperands, spec: MLPSpec) -> Problem:
     device = operands.x_RD.device
     compiling = torch.compiler.is_compiling()
-    wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
     on_stream = device.type == "cuda" and not compiling
     return Problem(
         device=device,
@@ -118,7 +117,7 @@ def _problem(operands: MLPOperands, spec: MLPSpec) -> Problem:
         num_assignments=operands.expert_RK.numel(),
         dim=operands.down_EDF.shape[1],
         hidden=operands.down_EDF.shape[2],
-        needs_grad=wanted and torch.is_grad_enabled(),
+        needs_grad=operands.needs_grad,
         num_parts=spec.num_parts,
         activation=known_activation(spec.activation),
         dropout=spec.dropout is not None,

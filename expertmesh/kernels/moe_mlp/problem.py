@@ -7,8 +7,20 @@ import torch
 from torch import Tensor
 
 from expertmesh.kernels.activations import Activation
-from expertmesh.kernels.backends import Backend
+from expertmesh.kernels.backends import Backend, Problem
 from expertmesh.kernels.moe_mlp.dropout import HiddenDropout
+
+ALIGNMENT = 16
+"""Bytes; rows that a copy engine or ``grouped_mm`` reads start at multiples of it."""
+
+
+def misaligned(problem: Problem) -> str | None:
+    """Why rows of matrices would not start at multiples of ``ALIGNMENT``; None if they do."""
+    for name, width in (("dim", problem.dim), ("hidden", problem.hidden)):
+        if width * problem.dtype.itemsize % ALIGNMENT != 0:
+            multiple = ALIGNMENT // problem.dtype.itemsize
+            return f"{name} must be a multiple of {multiple} for {problem.dtype}, got {width}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,14 @@ class MLPOperands:
         return None if self.up_bias is None else self.up_bias.flatten(1)
 
     @property
+    def needs_grad(self) -> bool:
+        """Whether a backward pass may follow."""
+        given = (self.x_RD, self.weight_RK, self.up, self.down_EDF, self.up_bias, self.down_bias_ED)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+
+    @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The operands that may have a gradient."""
+        """The operands that may have a gradient, parts flattened, which may copy ``up``."""
         biases = (self.up_bias_EH, self.down_bias_ED)
         return (self.x_RD, self.weight_RK, self.up_EHD, self.down_EDF, *biases)
 

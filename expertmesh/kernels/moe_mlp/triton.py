@@ -15,13 +15,17 @@ from torch.autograd.function import once_differentiable
 from expertmesh.kernels.activations import known_activation
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import without_autocast
-from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+from expertmesh.kernels.moe_mlp.problem import (
+    ALIGNMENT,
+    MLPBackend,
+    MLPOperands,
+    MLPSpec,
+    misaligned,
+)
 from expertmesh.kernels.triton_support import triton_refusal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
-ALIGNMENT = 16
-"""Bytes; the copy engine moves tiles whose rows start at multiples of it."""
 _MOST_EXPERTS = 4095  # their counts, sentinel included, are one program's to sort
 _FEWEST_ROWS_PER_EXPERT = 8  # below, tiles of 64 rows are mostly empty
 
@@ -43,7 +47,7 @@ class TritonMLP(MLPBackend):
             return f"it takes bfloat16, float16 and float32, not {problem.dtype}"
         if problem.num_experts > _MOST_EXPERTS:
             return f"it takes at most {_MOST_EXPERTS} experts, got {problem.num_experts}"
-        return _misaligned(problem) or _device_refusal(problem)
+        return misaligned(problem) or _device_refusal(problem)
 
     def suits(self, problem: Problem) -> bool:
         """For many rows: with few, reading the weights is what takes time."""
@@ -52,7 +56,6 @@ class TritonMLP(MLPBackend):
         return problem.device.type == "cuda" and narrow and (many or problem.needs_grad)
 
     def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
-        wanted = any(t is not None and t.requires_grad for t in operands.differentiable)
         up, up_bias = operands.up, operands.up_bias
         return _FusedFunction.apply(
             operands.x_RD,
@@ -63,16 +66,8 @@ class TritonMLP(MLPBackend):
             operands.down_bias_ED,
             operands.expert_RK,
             spec,
-            wanted and torch.is_grad_enabled(),
+            operands.needs_grad,
         )
-
-
-def _misaligned(problem: Problem) -> str | None:
-    for name, width in (("dim", problem.dim), ("hidden", problem.hidden)):
-        if width * problem.dtype.itemsize % ALIGNMENT != 0:
-            multiple = ALIGNMENT // problem.dtype.itemsize
-            return f"{name} must be a multiple of {multiple} for {problem.dtype}, got {width}"
-    return None
 
 
 def _device_refusal(problem: Problem) -> str | None:
@@ -167,7 +162,7 @@ def _fused_mlp(
         expert_RK.contiguous(),
         weight_RK.contiguous(),
         _with_whole_rows(up_EPFD),
-        down_EDF.contiguous(),
+        _from_aligned_start(down_EDF.contiguous()),
         None if up_bias is None else up_bias.contiguous(),
         None if down_bias_ED is None else down_bias_ED.contiguous(),
         activation,
@@ -199,7 +194,7 @@ def _fused_mlp_backward(
             x_RD.contiguous(),
             weight_RK.contiguous(),
             _with_whole_rows(up_EPFD),
-            down_EDF.contiguous(),
+            _from_aligned_start(down_EDF.contiguous()),
             None if up_bias is None else up_bias.contiguous(),
             None if down_bias_ED is None else down_bias_ED.contiguous(),
             pre_NH,
@@ -215,7 +210,12 @@ def _with_whole_rows(up_EPFD: Tensor) -> Tensor:
     whole = up_EPFD.stride(-1) == 1 and all(
         stride * up_EPFD.itemsize % ALIGNMENT == 0 for stride in up_EPFD.stride()[:-1]
     )
-    return up_EPFD if whole else up_EPFD.contiguous()
+    return _from_aligned_start(up_EPFD if whole else up_EPFD.contiguous())
+
+
+def _from_aligned_start(matrices: Tensor) -> Tensor:
+    """Itself, or a copy where it is a part of a buffer that starts anywhere."""
+    return matrices if matrices.data_ptr() % ALIGNMENT == 0 else matrices.clone()
 
 
 @torch.library.register_fake("expertmesh::fused_mlp")

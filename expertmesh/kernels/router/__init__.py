@@ -1,18 +1,18 @@
 """The dense part of a router: logits, scores, the k best, gates, counters."""
 
 from expertmesh.kernels.router.op import (
-    counts,
     router_balance,
     router_choose,
     router_count,
     router_gates,
     router_logits,
     router_select,
-    serves,
 )
+from expertmesh.kernels.router.support import counts, logits_refusal, serves, statistics_refusal
 
 __all__ = [
     "counts",
+    "logits_refusal",
     "router_balance",
     "router_choose",
     "router_count",
@@ -20,4 +20,5 @@ __all__ = [
     "router_logits",
     "router_select",
     "serves",
+    "statistics_refusal",
 ]

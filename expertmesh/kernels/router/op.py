@@ -13,24 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.triton_support import triton_refusal
-
 _FEW_TOKENS = 128
 """Up to this many tokens the logits are computed by fused multiply-add."""
-
-_MOST_EXPERTS = 1024
-
-
-def serves(x_TD: Tensor, weight_ED: Tensor) -> bool:
-    """Whether the operations are for these operands: bfloat16 on CUDA, and not nothing."""
-    return (
-        x_TD.device.type == "cuda"
-        and x_TD.dtype == torch.bfloat16
-        and weight_ED.dtype in (torch.bfloat16, torch.float32)
-        and len(x_TD) > 0
-        and len(weight_ED) <= _MOST_EXPERTS
-        and triton_refusal(x_TD.device) is None
-    )
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -72,20 +56,6 @@ def router_gates(
         logits_TE, chosen_TK, sigmoid, renormalize, scale
     )
     return results
-
-
-def counts(table_TE: Tensor) -> bool:
-    """Whether ``router_count`` and ``router_balance`` are for these logits or scores.
-
-    float32 on CUDA, and not nothing.
-    """
-    return (
-        table_TE.device.type == "cuda"
-        and table_TE.dtype == torch.float32
-        and len(table_TE) > 0
-        and table_TE.shape[1] <= _MOST_EXPERTS
-        and triton_refusal(table_TE.device) is None
-    )
 
 
 def router_count(

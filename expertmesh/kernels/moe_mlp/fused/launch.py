@@ -34,7 +34,7 @@ def up_project(
 ) -> tuple[Tensor, Tensor]:
     """Hidden units ``(N, F)`` of every grouped row, and the pre-activation if it is kept."""
     _, parts, hidden, dim = up_EPFD.shape
-    num_assignments = len(layout.order_N)
+    num_assignments = layout.order_N.numel()
     hidden_NF = x_RD.new_empty(num_assignments, hidden)
     pre_NH = x_RD.new_empty((num_assignments, parts * hidden) if keep else (0,))
     block = [1, parts, tile.columns // parts, tile.depth]
@@ -95,7 +95,7 @@ def multiply_rows(
     if transposed:
         inner, outer = outer, inner
     cut = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
-    out_NO = rows_NI.new_empty(len(rows_NI), outer)
+    out_NO = rows_NI.new_empty(rows_NI.shape[0], outer)
     rows_kernel[_grid(rows_NI, tile)](
         TensorDescriptor.from_tensor(rows_NI, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [1, 1, *cut]),
@@ -141,7 +141,7 @@ def hidden_gradient(
             dy_ND, down_EDF, weight_RK, pre_NH, layout, activation, tile, num_sms
         )
     num_experts, dim, hidden = down_EDF.shape
-    num_assignments = len(pre_NH)
+    num_assignments = pre_NH.shape[0]
     dpre_NH = torch.empty_like(pre_NH)
     hidden_NF = pre_NH.new_empty(num_assignments, hidden)
     blocks = triton.cdiv(hidden, tile.columns)
@@ -239,7 +239,7 @@ def weight_gradient(
 
 def gather(by_token_RO: Tensor, layout: Layout, choices: int) -> Tensor:
     """Rows by grouped position, ``(N, O)``; those behind the last expert's hold anything."""
-    num_assignments, width = len(layout.order_N), by_token_RO.shape[1]
+    num_assignments, width = layout.order_N.numel(), by_token_RO.shape[1]
     columns = min(4096, triton.next_power_of_2(width))
     out_NO = by_token_RO.new_empty(num_assignments, width)
     gather_kernel[(num_assignments, triton.cdiv(width, columns))](
@@ -247,7 +247,7 @@ def gather(by_token_RO: Tensor, layout: Layout, choices: int) -> Tensor:
         layout.order_N,
         layout.offset_E1,
         out_NO,
-        len(layout.longest_E),
+        layout.longest_E.numel(),
         choices,
         width,
         columns,
@@ -275,7 +275,7 @@ def sum_choices(
         expert_RK if bias_ED is not None else inverse_N,
         bias_ED if bias_ED is not None else rows_ND,
         out_RD,
-        len(inverse_N) // num_rows,
+        inverse_N.numel() // num_rows,
         dim,
         weight_RK is not None,
         bias_ED is not None,
@@ -288,11 +288,11 @@ def sum_choices(
 def sum_shares(share_NB: Tensor, inverse_N: Tensor, out_RK: Tensor) -> Tensor:
     """Fill ``out_RK`` with the gradient of the combine weights."""
     rows, blocks = 256, share_NB.shape[1]
-    share_sum_kernel[(triton.cdiv(len(inverse_N), rows),)](
+    share_sum_kernel[(triton.cdiv(inverse_N.numel(), rows),)](
         share_NB,
         inverse_N,
         out_RK,
-        len(inverse_N),
+        inverse_N.numel(),
         blocks,
         rows,
         triton.next_power_of_2(blocks),

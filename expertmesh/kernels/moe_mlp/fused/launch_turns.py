@@ -24,7 +24,7 @@ def multiply_rows(
     if transposed:
         inner, outer = outer, inner
     cut = [turns.columns, turns.depth] if transposed else [turns.depth, turns.columns]
-    out_NO = rows_NI.new_empty(len(rows_NI), outer)
+    out_NO = rows_NI.new_empty(rows_NI.shape[0], outer)
     rows_turns_kernel[(num_sms,)](
         _descriptor(rows_NI, [turns.rows, turns.depth]),
         _descriptor(weight.view(-1, weight.shape[-1]), cut),
@@ -54,7 +54,7 @@ def hidden_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``launch.hidden_gradient``, of grouped rows."""
     num_experts, dim, hidden = down_EDF.shape
-    num_assignments = len(pre_NH)
+    num_assignments = pre_NH.shape[0]
     dpre_NH = torch.empty_like(pre_NH)
     hidden_NF = pre_NH.new_empty(num_assignments, hidden)
     blocks = triton.cdiv(hidden, turns.columns)

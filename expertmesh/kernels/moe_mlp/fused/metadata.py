@@ -76,7 +76,7 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
         tile_rows: Most rows of a tile.
     """
     expert_N = expert_RK.reshape(-1)
-    num_assignments = len(expert_N)
+    num_assignments = expert_N.numel()
     layout = empty_layout(expert_N, num_assignments, num_experts, tile_rows)
     block = _BLOCKS[num_assignments >= 8 * _BLOCKS[1]]
     blocks = triton.cdiv(num_assignments, block)
@@ -100,7 +100,7 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
         tile_rows,
         num_warps=8,
     )
-    programs = max(blocks, triton.cdiv(len(layout.tile_P3), _TILES_PER_PROGRAM))
+    programs = max(blocks, triton.cdiv(layout.tile_P3.shape[0], _TILES_PER_PROGRAM))
     _scatter[(programs,)](
         expert_N,
         first_BE,

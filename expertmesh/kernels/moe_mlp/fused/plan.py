@@ -8,11 +8,12 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from expertmesh.kernels.triton_support import TRITON_VERSION
 
 SHIPPED = Path(__file__).with_name("h200.json")
 
@@ -59,16 +60,16 @@ class Turns:
     Attributes:
         group: Row tiles that sweep the columns together.
         stages: Steps in flight.
-        columns: Columns of the output tile.
+        columns: Columns of the output tile; how it is finished is written for these.
         depth: Elements of the summed dim per step.
-        rows: Rows of the output tile.
+        rows: Rows of the output tile; likewise.
     """
 
     group: int = 4
     stages: int = 6
-    columns: int = 128
-    depth: int = 64
-    rows: int = 128
+    columns: ClassVar[int] = 128
+    depth: ClassVar[int] = 64
+    rows: ClassVar[int] = 128
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,8 @@ def plan_for(
     """
     rows = 128 if num_assignments >= _MANY_ROWS * num_experts else 64
     plan = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
-    whole = dim % Turns.columns == 0 and hidden % Turns.columns == 0
-    narrow = rows == Turns.rows and dtype.itemsize == 2
-    turns = narrow and whole and packed and takes_turns(device)
+    refusal = turns_refusal(device, dtype, rows=rows, dim=dim, hidden=hidden, packed=packed)
+    turns = refusal is None
     if turns:
         plan = by_turns(plan, dtype, hidden)
     if rows == 128 and dtype == torch.bfloat16 and parts == 2 and device.type == "cuda":
@@ -181,12 +181,42 @@ def by_turns(plan: Plan, dtype: torch.dtype, hidden: int) -> Plan:
     return plan
 
 
-@cache
-def takes_turns(device: torch.device) -> bool:
-    """Whether the kernels by turns run: on compute capability 9.0, by the Gluon of Triton 3.6."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return metadata.version("triton").startswith(_GLUON)
+def turns_refusal(
+    device: torch.device, dtype: torch.dtype, *, rows: int, dim: int, hidden: int, packed: bool
+) -> str | None:
+    """Why no product of a shape goes by turns; None if they may.
+
+    Args:
+        device: Where it runs.
+        dtype: Of the products.
+        rows: Of a tile.
+        dim: D.
+        hidden: F.
+        packed: Whether the up projection's matrices lie in memory without gaps.
+    """
+    if dtype.itemsize != 2:
+        return f"they take 16 bits, not {dtype}"
+    if rows != Turns.rows:
+        return f"experts have fewer than {_MANY_ROWS} rows in the mean"
+    if dim % Turns.columns or hidden % Turns.columns:
+        return f"dim and hidden must be multiples of {Turns.columns}, got {dim} and {hidden}"
+    if not packed:
+        return "the up projection's matrices do not lie one after another in memory"
+    return _turns_refusal_here(device)
+
+
+def _turns_refusal_here(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"they are for GPUs, this is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"they are for compute capability 9.0, this device has {major}.{minor}"
+    if not (TRITON_VERSION or "").startswith(_GLUON):
+        return (
+            f"they are written in Gluon, which changes from version to version, as it is in "
+            f"Triton {_GLUON}*; installed is {TRITON_VERSION or 'an unknown one'}"
+        )
+    return None
 
 
 def _fit(width: int, most: int) -> int:

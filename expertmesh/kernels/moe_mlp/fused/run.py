@@ -53,7 +53,7 @@ def forward(
     """
     plan = plan or _plan(x_RD, expert_RK, up_EPFD)
     num_experts, parts, hidden, dim = up_EPFD.shape
-    y_RD = x_RD.new_empty(len(x_RD), dim, dtype=out_dtype)
+    y_RD = x_RD.new_empty(x_RD.shape[0], dim, dtype=out_dtype)
     if expert_RK.numel() == 0:
         layout = empty_layout(expert_RK, 0, num_experts, plan.rows)
         return y_RD.zero_(), x_RD.new_empty((0, parts * hidden) if keep else (0,)), layout
@@ -94,13 +94,13 @@ def backward(
     """Gradients of x, combine weights, up, down and the biases; empty where not ``wanted``."""
     plan = plan or _plan(x_RD, layout.order_N, up_EPFD)
     operands = (x_RD, weight_RK, up_EPFD, down_EDF, up_bias, down_bias_ED)
-    if len(layout.order_N) == 0:
+    if layout.order_N.numel() == 0:
         return [
             torch.zeros_like(operand) if want and operand is not None else x_RD.new_empty(0)
             for operand, want in zip(operands, wanted, strict=True)
         ]
     wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = wanted
-    num_experts, choices = len(down_EDF), weight_RK.shape[1]
+    num_experts, choices = down_EDF.shape[0], weight_RK.shape[1]
     dx = dweight = dup = ddown = dup_bias = ddown_bias = x_RD.new_empty(0)
     by_turns = isinstance(plan.dhidden, Turns)
     dy_ND = launch.gather(dy_RD, layout, choices) if by_turns else None
