@@ -1,7 +1,8 @@
-"""Whether files hold what a model needs, with every difference named."""
+"""Whether files and configurations are what a model needs, with every difference named."""
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from expertmesh.convert.layout import Layout
 from expertmesh.convert.source import Stored
@@ -52,6 +53,23 @@ def check_floating(tensors: Mapping[str, Stored], where: str) -> None:
             f"{where} holds {' and '.join(dtypes)} in {named(others)}; expected floating point "
             "numbers, so give weights that are not quantized"
         )
+
+
+def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where what is found is not what is wanted: ``mlp = 'gated' (expected 'doubly_gated')``.
+
+    Args:
+        found: Values by name; one that is not there differs from nothing.
+        wanted: Likewise.
+
+    Returns:
+        All differences, or nothing.
+    """
+    return ", ".join(
+        f"{name} = {found[name]!r} (expected {value!r})"
+        for name, value in wanted.items()
+        if name in found and found[name] != value
+    )
 
 
 def named(names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from expertmesh.convert.check import unlike
 from expertmesh.convert.family import Family
 from expertmesh.convert.layout import Layout, Piece
 from expertmesh.convert.pieces import experts_apart, experts_stacked, in_a_row
@@ -116,13 +117,8 @@ class LlamaLike(Family):
 
     def check(self, config: DecoderConfig) -> None:
         """Raise unless a model is of this family."""
-        wrong = [
-            f"{field} = {getattr(config, field)!r} (expected {value!r})"
-            for field, value in self.fixed().items()
-            if getattr(config, field) != value
-        ]
-        if wrong:
-            raise UserError(f"{self.name} has no model with {', '.join(wrong)}")
+        if wrong := unlike(vars(config), self.fixed()):
+            raise UserError(f"{self.name} has no model with {wrong}")
 
     def _pieces(self, config: DecoderConfig, kind: str) -> Iterator[Piece]:
         dim, width = config.dim, config.head_width
@@ -176,13 +172,8 @@ def check_keys(keys: Mapping[str, Any], name: str) -> None:
 
 def refuse(keys: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
     """Raise if a key that is there says something else than is wanted."""
-    wrong = [
-        f"{key} = {keys[key]!r} (expected {value!r})"
-        for key, value in wanted.items()
-        if key in keys and keys[key] != value
-    ]
-    if wrong:
-        raise UserError(f"{name} is not supported with {', '.join(wrong)}")
+    if wrong := unlike(keys, wanted):
+        raise UserError(f"{name} is not supported with {wrong}")
 
 
 def shared_fields(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -178,8 +178,8 @@ def traffic(rank: FakeRank, work: Work) -> dict[str, int]:
       of attention's input over ``tp`` and of keys and values over ``cp``.
     - ``reduce-scatter`` of gradients: once in stage 1, M times in 2 and 3; of attention's output
       over ``tp``, and of gradients of what was gathered.
-    - ``all-reduce`` of gradients in stage 0; of the norm over all heads under ``tp``; over a stage's
-      ranks of Adafactor's sums over rows and columns and two more numbers of each parameter.
+    - ``all-reduce`` of gradients in stage 0; of the norm over all heads under ``tp``; over a
+      stage, of Adafactor's sums by row and column and two more numbers of each parameter.
     - ``all-to-all``, for every MoE block and micro-batch: ``(P - 1) / P`` of ``r T`` rows leave,
       with ``D n + (w + 4) K`` bytes, and as many return with ``D n``; their gradients have the
       same but for 4 K bytes of ids. A row's numbers are what the experts compute in.

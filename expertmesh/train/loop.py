@@ -245,9 +245,10 @@ class Trainer:
 
     def _read_data(self) -> DataBundle:
         """All ranks read; one tells of it."""
-        if self.ranks.first:
-            return build_data(self.run.data)
-        return build_data(self.run.data, say=lambda _: None)
+        with self.ranks.together():
+            if self.ranks.first:
+                return build_data(self.run.data)
+            return build_data(self.run.data, say=lambda _: None)
 
     def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         if self.run.run.resume == "none" and self.checkpoints.complete():

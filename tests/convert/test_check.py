@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertmesh.convert.check import check_tensors, named
+from expertmesh.convert.check import check_tensors, named, unlike
 from expertmesh.convert.openmoe.names import layout
 from expertmesh.errors import UserError
 from tests.convert.openmoe import by_hand
@@ -51,3 +51,11 @@ def test_every_difference_is_named() -> None:
 def test_what_fits_passes() -> None:
     files = layout(by_hand.CONFIG)
     check_tensors(files, files.their_shapes, "folder")
+
+
+def test_what_is_unlike_is_named_and_what_is_not_there_is_passed_over() -> None:
+    found = {"a": 1, "b": "x", "c": None}
+    assert unlike(found, {"a": 1, "d": 2}) == ""
+    assert (
+        unlike(found, {"b": "y", "a": 1, "c": 3}) == "b = 'x' (expected 'y'), c = None (expected 3)"
+    )

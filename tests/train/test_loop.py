@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expertmesh.errors import UserError
+from expertmesh.testing import run_on_ranks
 from expertmesh.train.config import RunFile
 from expertmesh.train.loop import Trainer
 from expertmesh.train.run_file import load_run_file, parse_run
@@ -323,3 +324,26 @@ def test_smoothing_and_z_loss_are_trained_and_not_evaluated(tmp_path: Path) -> N
     # The normaliser of 258 words at the start is near 258, and its log squared near 31.
     assert two["loss"] == pytest.approx(one["loss"] + 0.1 * math.log(258) ** 2, rel=0.02)
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=0.01)
+
+
+def without_a_file_on_rank_1(run: RunFile, function: str) -> str:
+    """What a rank hears where another one's disk lacks something."""
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise UserError("there is no such file")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(function, missing)
+        with pytest.raises(UserError) as caught:
+            Trainer(run)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "function", ["expertmesh.train.loop.build_data", "expertmesh.train.published._folder"]
+)
+def test_all_ranks_hear_what_one_does_not_find(tmp_path: Path, function: str) -> None:
+    run = make_run(tmp_path, "--mesh.ep=2", f"--init.from={tmp_path}")
+    answers = run_on_ranks(2, without_a_file_on_rank_1, run, function, timeout=60)
+    assert answers == ["rank 1: there is no such file"] * 2

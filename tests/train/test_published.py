@@ -111,7 +111,7 @@ def test_weights_of_the_hub_may_be_pickled(
     import huggingface_hub
 
     trained(content(tmp_path, steps=1))
-    there, here = tmp_path / "run" / "published", tmp_path / "cache"
+    there, here = tmp_path / "run" / "published", tmp_path / "hub"
     here.mkdir()
     if pickled:
         (file,) = there.glob("*.safetensors")

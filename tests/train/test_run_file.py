@@ -2,6 +2,7 @@ import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def test_options_of_the_router_merge_key_by_key() -> None:
 
 
 def test_options_go_over_the_presets_one_by_one() -> None:
-    def options(model: dict[str, object], *words: str) -> dict[str, object]:
+    def options(model: dict[str, Any]) -> dict[str, Any]:
         content = {"model": {"preset": "nano"} | model, "data": {"source": "x"}}
-        return parse_run(content, words).model.router_options
+        return parse_run(content).model.router_options
 
     assert options({}) == {"balance_coef": 0.01}
     assert options({"router_options": {"z_coef": 0.5}}) == {"balance_coef": 0.01, "z_coef": 0.5}

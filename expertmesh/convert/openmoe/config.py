@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from expertmesh.convert.check import unlike
 from expertmesh.errors import UserError, nearest
 from expertmesh.models import DecoderConfig
 from expertmesh.routing import Capacity
@@ -38,13 +39,13 @@ _NEEDED = (
     "moe_layer_interval",
 )
 # What the model is, where a key says something else: an error, because nothing follows it.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("swiglu",),
-    "mlp_gated": (True,),
-    "router_noisy_policy": (None,),
-    "tie_word_embeddings": (False,),
-    "attention_bias": (False,),
-    "rope_scaling": (None,),
+_FIXED: dict[str, Any] = {
+    "hidden_act": "swiglu",
+    "mlp_gated": True,
+    "router_noisy_policy": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rope_scaling": None,
 }
 _MODE = "router_capacity_mode"
 
@@ -72,16 +73,11 @@ def decoder_config(keys: Mapping[str, Any]) -> DecoderConfig:
     keys = {_OLDER.get(key, key): value for key, value in keys.items()}
     if missing := [key for key in _NEEDED if keys.get(key) is None]:
         raise UserError(f"the configuration has no {', '.join(missing)}; expected OpenMoE's keys")
-    wrong = [
-        f"{key} = {keys[key]!r} (expected {values[0]!r})"
-        for key, values in _FIXED.items()
-        if key in keys and keys[key] not in values
-    ]
-    if wrong:
-        raise UserError(f"OpenMoE has no {', '.join(wrong)}; is this another model's config.json?")
+    if wrong := unlike(keys, _FIXED):
+        raise UserError(f"OpenMoE has no {wrong}; is this another model's config.json?")
     num_layers, interval = keys["num_hidden_layers"], keys["moe_layer_interval"]
     # The losses are averaged over MoE layers there, and added up here.
-    num_moe_layers = max(1, num_layers // interval)
+    num_moe_layers = max(1, num_layers // max(1, interval))
     options = dict(keys.get("router_options", {})) | {
         "balance_coef": keys.get("router_aux_loss_factor", 0.01) / num_moe_layers,
         "z_coef": keys.get("router_z_loss_factor", 1e-4) / num_moe_layers,
@@ -174,14 +170,9 @@ def _check_sayable(config: DecoderConfig) -> None:
         "expert_hidden": config.dense_hidden,
         "tied_embeddings": False,
     }
-    wrong = [
-        f"{field} = {getattr(config, field)!r} (expected {value!r})"
-        for field, value in wanted.items()
-        if getattr(config, field) != value
-    ]
-    if wrong:
+    if wrong := unlike(vars(config), wanted):
         raise UserError(
-            f"OpenMoE's config.json cannot say {', '.join(wrong)}; start from one of the presets "
+            f"OpenMoE's config.json cannot say {wrong}; start from one of the presets "
             "openmoe-base, openmoe-8b, openmoe-34b"
         )
 

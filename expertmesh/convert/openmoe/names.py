@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from expertmesh.convert.check import unlike
 from expertmesh.convert.layout import Layout, Piece
 from expertmesh.convert.pieces import experts_apart, experts_stacked, in_a_row
 from expertmesh.errors import UserError
@@ -236,13 +237,8 @@ def _check(config: DecoderConfig, kind: str) -> None:
         "num_shared_experts": 0,
         "tied_embeddings": False,
     }
-    wrong = [
-        f"{field} = {getattr(config, field)!r} (expected {value!r})"
-        for field, value in wanted.items()
-        if getattr(config, field) != value
-    ]
-    if wrong:
+    if wrong := unlike(vars(config), wanted):
         raise UserError(
-            f"OpenMoE's files have no place for a model with {', '.join(wrong)}; "
+            f"OpenMoE's files have no place for a model with {wrong}; "
             "start from one of the presets openmoe-base, openmoe-8b, openmoe-34b"
         )

@@ -89,8 +89,8 @@ def save_where_one_has_no_tokenizer(source: Path, parent: Path) -> str:
     if mesh.rank == 0:
         tokenizer.mkdir()
         (tokenizer / "spiece.model").write_text("pieces")
+    there = tokenizer if mesh.rank == 0 else parent / "gone"
     with pytest.raises(UserError) as caught:
-        there = tokenizer if mesh.rank == 0 else parent / "gone"
         save_published(model, parent / "saved", mesh.everyone, tokenizer=there)
     return str(caught.value)
 

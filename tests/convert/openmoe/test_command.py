@@ -184,7 +184,12 @@ def test_an_array_that_is_missing_is_named(tmp_path: Path, model: DecoderLM) -> 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, model: DecoderLM) -> None:
     source = write(tmp_path / "from", "published", by_hand.published(model))
-    with pytest.raises(UserError, match=r"from holds other files"):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"to holds other files"):
+        run(source, tmp_path / "to")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match=r"from is what is read; give the path of another folder"):
         run(source, source)
     assert_same(read(source, "published"), by_hand.published(model))
 

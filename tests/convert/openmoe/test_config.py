@@ -137,3 +137,8 @@ def test_what_cannot_be_honoured_is_an_error(changed: dict[str, Any], message: s
 def test_what_no_key_can_say_is_an_error(config: DecoderConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         published_config(config)
+
+
+def test_no_interval_is_an_error_of_the_field() -> None:
+    with pytest.raises(ValueError, match=r"moe_every must be an integer of at least 1, got 0"):
+        decoder_config(OLDER | {"moe_layer_interval": 0})
