@@ -43,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.no_chat:
         message = {"role": "user", "content": args.question}
         prompt = tokenizer.apply_chat_template([message], tokenize=False)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    # A model that is whole on one GPU has no hooks that would bring the ids there. Weights on disk
+    # are on no device, and the CPU does where all of them are.
+    devices = (weight.device for weight in model.parameters())
+    device = next((device for device in devices if device.type != "meta"), "cpu")
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
     num_prompt = inputs["input_ids"].shape[1]
-    # Ids go to the CPU; the hooks that move between devices take them from there.
     answer = model.generate(
         **inputs,
         max_new_tokens=args.max_new_tokens,

@@ -236,8 +236,8 @@ def kernels(device: str, precision: str) -> list[str]:
     ]
 
 
-def use_apex_norms(model: Any) -> None:
-    """Let apex compute every norm of a model.
+def apex_norm() -> Any:
+    """Apex's norm.
 
     Raises:
         UserError: If apex is not installed.
@@ -249,10 +249,15 @@ def use_apex_norms(model: Any) -> None:
             "--use_layernorm_kernel needs apex, which is not installed; in a checkout of NVIDIA's "
             f"apex run: {APEX}; or leave the flag out: torch's own fused norm is used then"
         ) from None
+    return fused_rms_norm_affine
+
+
+def use_norm(model: Any, fused: Any) -> None:
+    """Let ``fused(x, weight, normalized_shape, eps)`` compute every norm of a model."""
     from expertmesh.models.norm import RMSNorm
 
     def forward(norm: RMSNorm, x: Any) -> Any:
-        return fused_rms_norm_affine(x, norm.weight, norm.normalized_shape, norm.eps)
+        return fused(x, norm.weight, norm.normalized_shape, norm.eps)
 
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -270,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from expertmesh.train.run_file import parse_run
 
     world = launched()
+    # What is missing is said before data and weights are read.
+    norm = apex_norm() if flags.use_layernorm_kernel else None
     content = tables(flags, world)
     run = parse_run(content, source="the flags")
     device = local_device(pick_device(run.run.device))
@@ -281,8 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(kernels(device.type, flags.precision)))
     with joined(device, run.mesh.timeout):
         trainer = Trainer(run)
-        if flags.use_layernorm_kernel:
-            use_apex_norms(trainer.model)
+        if norm is not None:
+            use_norm(trainer.model, norm)
         return train(trainer)
 
 

@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="expertmesh convert",
         description="Convert a checkpoint to safetensors under other names, a part at a time, and "
-        "read the result back. What SRC is, is found out: a t5x folder, safetensors with stacked "
-        "experts or one tensor per expert, or the folder of a training run.",
+        "read the result back. What SRC is, is found out: a t5x folder, safetensors or pickled "
+        "tensors with stacked experts or one tensor per expert, or the folder of a training run.",
     )
     parser.add_argument("family", choices=FAMILIES, help="whose names")
     parser.add_argument("source", type=Path, metavar="SRC", help="folder to read")

@@ -78,7 +78,8 @@ class TextModel:
 
         prompt = torch.tensor([list(ids)], device=self._device())
         # A vocabulary padded for speed has ids that no text belongs to.
-        if beyond := list(range(self.num_tokens, self.model.config.vocab_size)):
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if beyond := list(range(self.num_tokens, vocab_size)):
             options["suppress_tokens"] = beyond
         self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
@@ -152,7 +153,9 @@ def of_folder(args: argparse.Namespace) -> TextModel:
     from expertmesh.errors import UserError
 
     name = args.model
-    if not Path(name).exists() and (name.startswith(".") or not _HUB_NAME.fullmatch(name)):
+    # A name below a folder that is here was meant as a folder too: the hub is not asked.
+    local = name.startswith(".") or ("/" in name and Path(name).parent.is_dir())
+    if not Path(name).exists() and (local or not _HUB_NAME.fullmatch(name)):
         raise UserError(f"--model {name}: there is no such folder")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

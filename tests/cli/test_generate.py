@@ -183,6 +183,7 @@ def test_llamas_folder_writes_text(
         (["a", "--model", "b"], "give either a RUN"),
         (["a", "--dtype", "bf16"], "--dtype goes with --model"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["--model", "runs/nowhere"], "--model runs/nowhere: there is no such folder"),
         (["--model", "OPENMOE", "--device-map", "{0:"], "--device-map is no JSON"),
         (["--model", "OPENMOE", "--device-map", "{}"], "device_map says nothing of"),
         (["--model", "OPENMOE", "--max-memory", "40GiB"], "--max-memory must be such as"),
@@ -192,8 +193,15 @@ def test_llamas_folder_writes_text(
     ],
 )
 def test_what_cannot_be_done_is_one_line(
-    openmoe: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    openmoe: str,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
     words = [openmoe if word == "OPENMOE" else word for word in options]
     assert main(["generate", *words]) == 2
     errors = capsys.readouterr().err

@@ -89,3 +89,12 @@ def test_the_example_runs_over_gpu_ram_and_disk(
     assert devices == {"0", "cpu", "disk"}
     assert answer(path) in out
     assert "GPU 0: " in out
+
+
+def test_the_example_runs_where_all_fits_one_gpu(model: tuple[Path, DecoderLM]) -> None:
+    path, _ = model
+    command = [sys.executable, str(EXAMPLE), "--model", str(path), "--dtype", "float32"]
+    command += ["--question", "how many?", "--max-new-tokens", "5"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert answer(path) in out
+    assert "cpu" not in out

@@ -173,7 +173,7 @@ def test_apexs_norm_is_an_error_without_apex_and_used_with_it(
 ) -> None:
     model = DecoderLM(decoder_preset("openmoe-test", vocab_size=32))
     with pytest.raises(UserError, match=r"needs apex.*python -m pip install .*--cuda_ext"):
-        SCRIPT.use_apex_norms(model)
+        SCRIPT.main(["--model_name", "test", "--use_layernorm_kernel"])
     calls = []
 
     def norm(x: torch.Tensor, weight: torch.Tensor, shape: Any, eps: float) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_apexs_norm_is_an_error_without_apex_and_used_with_it(
     sys.modules["apex.normalization.fused_layer_norm"].fused_rms_norm_affine = norm  # type: ignore[attr-defined]  # stands in
     tokens = torch.tensor([[1, 2, 3]])
     expected = model(tokens)
-    SCRIPT.use_apex_norms(model)
+    SCRIPT.use_norm(model, SCRIPT.apex_norm())
     torch.testing.assert_close(model(tokens), expected)
     # Four blocks with two norms each, two of them with a third, and the last norm.
     assert calls == [1e-6] * 11

@@ -8,21 +8,12 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from expertmesh.convert.openmoe import is_openmoe
-from expertmesh.hf.openmoe.config import OpenMoeConfig
+from expertmesh.hf.openmoe.config import OpenMoeConfig, hub_options
 from expertmesh.hf.openmoe.model import OpenMoeForCausalLM
 from expertmesh.hf.openmoe.tokenizer import OpenMoeTokenizer
 
 # Arguments of the Auto classes that concern the choice of a class and nothing else.
 _CHOICE = ("trust_remote_code", "code_revision", "use_fast", "tokenizer_type", "config")
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
 _TOKENIZERS = ("OpenMoeTokenizer", "T5Tokenizer", "T5TokenizerFast")
 
 Recognise = Callable[[Any, dict[str, Any]], bool]
@@ -60,7 +51,7 @@ def _has_openmoe_config(name: Any, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("gguf_file"):
         return False
     try:
-        keys, _ = PreTrainedConfig.get_config_dict(name, **_hub(kwargs))
+        keys, _ = PreTrainedConfig.get_config_dict(name, **hub_options(kwargs))
     except (OSError, ValueError):
         # transformers finds the same and says what there is to say.
         return False
@@ -72,14 +63,10 @@ def _has_openmoe_tokenizer(name: Any, kwargs: dict[str, Any]) -> bool:
     known = isinstance(config, OpenMoeConfig) or _has_openmoe_config(name, kwargs)
     if not known or kwargs.get("tokenizer_type"):
         return False
-    if get_tokenizer_config(name, **_hub(kwargs)).get("tokenizer_class") in _TOKENIZERS:
+    if get_tokenizer_config(name, **hub_options(kwargs)).get("tokenizer_class") in _TOKENIZERS:
         return True
     vocabulary = OpenMoeTokenizer.vocab_files_names["vocab_file"]
     found = cached_file(
-        name, vocabulary, _raise_exceptions_for_missing_entries=False, **_hub(kwargs)
+        name, vocabulary, _raise_exceptions_for_missing_entries=False, **hub_options(kwargs)
     )
     return found is not None
-
-
-def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}

@@ -11,6 +11,15 @@ from expertmesh.models import DecoderConfig
 
 # Where code of the hub would be looked for: it needs ColossalAI, and is not run.
 _ELSEWHERE = ("auto_map", "model_type", "rope_scaling", "rope_parameters")
+_HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 class OpenMoeConfig(PreTrainedConfig):
@@ -70,3 +79,8 @@ class OpenMoeConfig(PreTrainedConfig):
 
 def _without(keys: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in names}
+
+
+def hub_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a ``from_pretrained``, those that say where its files are."""
+    return {key: arguments[key] for key in _HUB_OPTIONS if arguments.get(key) is not None}

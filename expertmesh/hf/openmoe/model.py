@@ -13,20 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from expertmesh.convert.openmoe import layout
 from expertmesh.errors import UserError, require
 from expertmesh.hf.adapter import DecoderForCausalLM
-from expertmesh.hf.openmoe.config import OpenMoeConfig
+from expertmesh.hf.openmoe.config import OpenMoeConfig, hub_options
 from expertmesh.hf.openmoe.devices import our_device_map
 from expertmesh.hf.openmoe.weights import check_checkpoint, conversions
 from expertmesh.models import DecoderLM
-
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
 
 
 class OpenMoeForCausalLM(DecoderForCausalLM):
@@ -69,7 +59,7 @@ class OpenMoeForCausalLM(DecoderForCausalLM):
         if isinstance(device_map, Mapping):
             config = kwargs.get("config")
             if not isinstance(config, OpenMoeConfig):
-                hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+                hub = hub_options(kwargs)
                 config = OpenMoeConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             device_map = our_device_map(device_map, layout(config.decoder_config()))
             if "disk" in device_map.values() and kwargs.get("offload_folder") is None:
