@@ -21,8 +21,8 @@ class Mixture(Dataset):
     An epoch has as many places as there are samples, and each data set gets exactly its share of
     them, rounded by largest remainder. A data set walks through its own shuffled passes from one
     epoch of the mixture to the next: one with a small share continues where the last epoch stopped,
-    one with a large share repeats, and within a data set no sample is ever two passes ahead of
-    another.
+    one with a large share repeats. The places of an epoch are shuffled, passes among each other;
+    when it ends, no sample of a data set came more than once oftener than another.
 
     Args:
         parts: Name -> data set, all of one ``seq_len``; none may be empty.

@@ -37,7 +37,7 @@ def test_weights_by_size_give_each_sample_once(mixture):
     assert sorted(values(mixed, 5, 0)) == sorted(values(mixed, 5, 1)) == expected
 
 
-def test_no_sample_is_two_passes_ahead_of_another(mixture):
+def test_when_an_epoch_ends_no_sample_is_two_passes_ahead_of_another(mixture):
     mixed = mixture([1, 3], [30, 10])
     seen = Counter()
     for epoch in range(5):
