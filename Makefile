@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN := runs/nano
 PROMPT := Good morrow, my lord.
 ARGS :=
-PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=15
 
 .PHONY: demo install install-dev test test-all test-gpu bench-gpu test-hosts bench-multi lint types clean
 
