@@ -77,7 +77,13 @@ def attempts(placer: str) -> list[tuple[str, str, str, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("placer", PLACERS)
+@pytest.mark.parametrize(
+    "placer",
+    [
+        pytest.param(name, marks=[] if name in ("ddp", "parallelize, ZeRO 2") else pytest.mark.slow)
+        for name in PLACERS
+    ],
+)
 def test_wrappers_are_refused_on_every_rank_and_touch_nothing(placer: str) -> None:
     by = placer.partition(",")[0]
     for seen in run_on_ranks(2, attempts, placer):

@@ -230,6 +230,7 @@ def peak_mib(kind: str, num_tokens: int, num_words: int) -> float:
     return float(run.stdout)
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens_times_words() -> None:
     """All logits would be 128 MiB, then 512; a chunk of them is 1 MiB."""
     assert peak_mib("plain", 1024, 1 << 15) > 128
