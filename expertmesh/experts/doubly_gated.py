@@ -1,12 +1,8 @@
 """Doubly gated MLP experts: ``down(linear(x) * activation(gate(x)) * up(x))``, OpenMoE's."""
 
-import torch
 from torch import Tensor, nn
 
 from expertmesh.experts.stacked import StackedMLPExperts
-from expertmesh.kernels.activations import Activation
-from expertmesh.kernels.moe_mlp import moe_mlp
-from expertmesh.shards import local
 
 
 class DoublyGatedMLPExperts(StackedMLPExperts):
@@ -16,22 +12,7 @@ class DoublyGatedMLPExperts(StackedMLPExperts):
     product of two, beside a linear one. Its published ``wi_gate`` holds linear and gate, ``wi_up``
     the third.
 
-    Args:
-        dim: Width D of the rows.
-        hidden: Hidden width F of one expert.
-        num_experts: Number of experts E.
-        activation: Of the gate: silu, gelu, gelu_tanh, relu, relu2, or any elementwise callable
-            without parameters.
-        bias: Whether all projections have biases.
-        init_std: Standard deviation of all weights; None takes ``D ** -0.5`` for ``gates_up``
-            and ``F ** -0.5`` for ``down``. Biases are 0.
-        dropout: Probability that training drops a hidden unit (Switch's expert dropout,
-            arXiv 2101.03961, 2.4: 0.4 in fine-tuning, with 0.1 elsewhere).
-        seed: Governs the initial values; None draws one from torch's generator.
-        backend: ``"auto"``, or a name that ``expertmesh doctor`` lists.
-        device: Where the parameters lie. On ``meta`` nothing is drawn; call
-            ``reset_parameters(seed)`` after ``to_empty``.
-        dtype: Of the parameters.
+    Arguments are ``StackedMLPExperts``'. The activation is the gate's, silu unless given.
 
     Attributes:
         gates_up: ``(E, 3, F, D)``: linear, gate, up.
@@ -40,67 +21,11 @@ class DoublyGatedMLPExperts(StackedMLPExperts):
         down_bias: ``(E, D)``, or None.
     """
 
+    up_name, up_parts, default_activation = "gates_up", (3,), "silu"
+
     gates_up: nn.Parameter
-    down: nn.Parameter
     gates_up_bias: nn.Parameter | None
-    down_bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        num_experts: int,
-        *,
-        activation: str | Activation = "silu",
-        bias: bool = False,
-        init_std: float | None = None,
-        dropout: float = 0.0,
-        seed: int | None = None,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            dim,
-            hidden,
-            num_experts,
-            activation=activation,
-            init_std=init_std,
-            dropout=dropout,
-            backend=backend,
-        )
-        shapes: dict[str, tuple[int, ...]] = {
-            "gates_up": (num_experts, 3, hidden, dim),
-            "down": (num_experts, dim, hidden),
-        }
-        biases: dict[str, tuple[int, ...]] = {
-            "gates_up_bias": (num_experts, 3, hidden),
-            "down_bias": (num_experts, dim),
-        }
-        self._register(shapes, biases, bias=bias, device=device, dtype=dtype)
-        self._draw(seed, self.gates_up)
 
     @property
-    def fan_in(self) -> dict[str, int]:
-        return {"gates_up": self.dim, "down": self.hidden}
-
-    @property
-    def hidden_dims(self) -> dict[str, int | None]:
-        return {"gates_up": 2, "down": 2, "gates_up_bias": 2, "down_bias": None}
-
-    def forward(
-        self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor, draw_R: Tensor | None = None
-    ) -> Tensor:
-        self._check(x_RD)
-        return moe_mlp(
-            x_RD,
-            expert_RK,
-            weight_RK,
-            local(self.gates_up),
-            local(self.down),
-            up_bias=self._own(self.gates_up_bias),
-            down_bias=self._output_bias(self.down, self.down_bias),
-            activation=self.activation,
-            backend=self.backend,
-            **self._drop(draw_R, x_RD),
-        )
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        return self.gates_up, self.gates_up_bias

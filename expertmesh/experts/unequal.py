@@ -25,7 +25,8 @@ class UnequalExperts(Experts):
         dim: Width D of the rows.
         widths: Hidden units of each expert, E numbers. Multiples of 128 waste nothing on a GPU,
             multiples of 16 little.
-        activation: A name, or an elementwise callable without parameters.
+        activation: A name, or an elementwise callable without parameters; None takes the
+            family's ``default_activation``.
         bias: Whether all projections have biases.
         init_std: Standard deviation of all weights; None takes ``D ** -0.5`` for the first
             projection and, for the second, each expert's own ``width ** -0.5``. Biases are 0.
@@ -44,6 +45,7 @@ class UnequalExperts(Experts):
 
     up_name: ClassVar[str]
     num_parts: ClassVar[int]
+    default_activation: ClassVar[str]
 
     down: nn.Parameter
     down_bias: nn.Parameter | None
@@ -55,13 +57,13 @@ class UnequalExperts(Experts):
         dim: int,
         widths: Sequence[int],
         *,
-        activation: str | Activation,
-        bias: bool,
-        init_std: float | None,
-        seed: int | None,
-        backend: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        activation: str | Activation | None = None,
+        bias: bool = False,
+        init_std: float | None = None,
+        seed: int | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(len(widths), dim)
         if min(widths) < 1:
@@ -69,7 +71,9 @@ class UnequalExperts(Experts):
         if init_std is not None and not (math.isfinite(init_std) and init_std >= 0):
             raise ValueError(f"init_std must be a number >= 0 or None, got {init_std}")
         self.widths = tuple(widths)
-        self.activation = resolve_activation(activation)
+        self.activation = resolve_activation(
+            self.default_activation if activation is None else activation
+        )
         self.init_std, self.backend = init_std, backend
         hidden, parts = sum(widths), self.num_parts
         shapes: dict[str, tuple[int, ...]] = {self.up_name: (parts, hidden, dim)}
@@ -142,43 +146,17 @@ class UnequalExperts(Experts):
 class UnequalMLPExperts(UnequalExperts):
     """``down(activation(up(x)))`` with experts of unequal width.
 
-    Arguments are ``UnequalExperts``'.
+    Arguments are ``UnequalExperts``'; the activation is relu unless given.
 
     Attributes:
         up: ``(1, H, D)``.
         up_bias: ``(1, H)``, or None.
     """
 
-    up_name = "up"
-    num_parts = 1
+    up_name, num_parts, default_activation = "up", 1, "relu"
 
     up: nn.Parameter
     up_bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        dim: int,
-        widths: Sequence[int],
-        *,
-        activation: str | Activation = "relu",
-        bias: bool = False,
-        init_std: float | None = None,
-        seed: int | None = None,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            dim,
-            widths,
-            activation=activation,
-            bias=bias,
-            init_std=init_std,
-            seed=seed,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def projection(self) -> tuple[Tensor, Tensor | None]:
@@ -188,43 +166,17 @@ class UnequalMLPExperts(UnequalExperts):
 class UnequalGatedMLPExperts(UnequalExperts):
     """``down(activation(gate(x)) * up(x))`` with experts of unequal width.
 
-    Arguments are ``UnequalExperts``'.
+    Arguments are ``UnequalExperts``'; the gate's activation is silu unless given.
 
     Attributes:
         gate_up: ``(2, H, D)``, the gate at index 0.
         gate_up_bias: ``(2, H)``, or None.
     """
 
-    up_name = "gate_up"
-    num_parts = 2
+    up_name, num_parts, default_activation = "gate_up", 2, "silu"
 
     gate_up: nn.Parameter
     gate_up_bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        dim: int,
-        widths: Sequence[int],
-        *,
-        activation: str | Activation = "silu",
-        bias: bool = False,
-        init_std: float | None = None,
-        seed: int | None = None,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            dim,
-            widths,
-            activation=activation,
-            bias=bias,
-            init_std=init_std,
-            seed=seed,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def projection(self) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """Routers without a choice, for benchmarks: random, in turn, always the same."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import final
 
@@ -17,18 +18,14 @@ from expertmesh.routing.unscored import check_sizes, unscored
 _UNIFORM = label("uniform router")
 
 
-@final
-class UniformRouter(Router):
-    """``k`` different experts for each token, every set of them as likely; weights 1/k.
-
-    The mean load is fair, a step's is that of a multinomial draw. In evaluation the draw depends on
-    the token's place alone.
+class RouterByPlace(Router):
+    """``k`` experts by the token's place in the batch, each with weight 1/k.
 
     Args:
         dim: D.
         num_experts: E.
         k: Experts per token.
-        layer: Index that sets this router's draws apart from other layers'.
+        layer: Index that sets this router's draws, where it has any, apart from other layers'.
 
     Raises:
         ValueError: Unless 1 <= k <= E.
@@ -42,47 +39,15 @@ class UniformRouter(Router):
     def reset_parameters(self, seed: int) -> None:
         """There are none."""
 
-    def forward(
+    @abstractmethod
+    def choose(
         self,
-        x_TD: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        sequence_length: int | None = None,
-        key: RandomKey | None = None,
-        routing: Routing | None = None,
-    ) -> Routing:
-        """See ``Router.forward``; only the number of tokens is looked at."""
-        draw = Draw(key, self.layer, len(x_TD), x_TD.device, self.training)
-        expert_TK = top_k(draw.uniform(_UNIFORM, self.num_experts, torch.float32), self.k)
-        return unscored(
-            expert_TK, self.num_experts, x_TD=x_TD, padding_mask=padding_mask, routing=routing
-        )
-
-
-@final
-class RoundRobinRouter(Router):
-    """Token ``t`` of the batch takes experts ``(t k + j) mod E``, j < k; weights 1/k.
-
-    Loads differ by one at most where there is no padding.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        k: Experts per token.
-        layer: Not looked at; every router has one.
-
-    Raises:
-        ValueError: Unless 1 <= k <= E.
-    """
-
-    def __init__(self, dim: int, num_experts: int, k: int, *, layer: int = 0) -> None:
-        super().__init__()
-        check_sizes(dim, num_experts, k)
-        self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
-
-    def reset_parameters(self, seed: int) -> None:
-        """There are none."""
+        num_tokens: int,
+        device: torch.device,
+        sequence_length: int | None,
+        key: RandomKey | None,
+    ) -> Tensor:
+        """int64 ``(T, k)``: the experts of tokens whose content is not looked at."""
 
     def forward(
         self,
@@ -95,11 +60,8 @@ class RoundRobinRouter(Router):
         routing: Routing | None = None,
     ) -> Routing:
         """See ``Router.forward``; only the tokens' places are looked at."""
-        order = self.population.arrange(len(x_TD), sequence_length, key)
-        place_T = order.own(torch.arange(order.num_tokens, device=x_TD.device))
-        turn_TK = place_T[:, None] * self.k + torch.arange(self.k, device=x_TD.device)
         return unscored(
-            turn_TK % self.num_experts,
+            self.choose(len(x_TD), x_TD.device, sequence_length, key),
             self.num_experts,
             x_TD=x_TD,
             padding_mask=padding_mask,
@@ -108,7 +70,45 @@ class RoundRobinRouter(Router):
 
 
 @final
-class FixedRouter(Router):
+class UniformRouter(RouterByPlace):
+    """``k`` different experts for each token, every set of them as likely; weights 1/k.
+
+    The mean load is fair, a step's is that of a multinomial draw. In evaluation the draw depends on
+    the token's place alone. Arguments are ``RouterByPlace``'s.
+    """
+
+    def choose(
+        self,
+        num_tokens: int,
+        device: torch.device,
+        sequence_length: int | None,
+        key: RandomKey | None,
+    ) -> Tensor:
+        draw = Draw(key, self.layer, num_tokens, device, self.training)
+        return top_k(draw.uniform(_UNIFORM, self.num_experts, torch.float32), self.k)
+
+
+@final
+class RoundRobinRouter(RouterByPlace):
+    """Token ``t`` of the batch takes experts ``(t k + j) mod E``, j < k; weights 1/k.
+
+    Loads differ by one at most where there is no padding. Arguments are ``RouterByPlace``'s.
+    """
+
+    def choose(
+        self,
+        num_tokens: int,
+        device: torch.device,
+        sequence_length: int | None,
+        key: RandomKey | None,
+    ) -> Tensor:
+        order = self.population.arrange(num_tokens, sequence_length, key)
+        place_T = order.own(torch.arange(order.num_tokens, device=device))
+        return (place_T[:, None] * self.k + torch.arange(self.k, device=device)) % self.num_experts
+
+
+@final
+class FixedRouter(RouterByPlace):
     """The same experts for every token; weights 1/k. The worst balance there is.
 
     Args:
@@ -124,37 +124,21 @@ class FixedRouter(Router):
     def __init__(
         self, dim: int, num_experts: int, experts: Sequence[int] = (0,), *, layer: int = 0
     ) -> None:
-        super().__init__()
         check_sizes(dim, num_experts)
-        self.experts = tuple(experts)
-        known = all(0 <= expert < num_experts for expert in self.experts)
-        if not self.experts or len(set(self.experts)) < len(self.experts) or not known:
+        known = all(0 <= expert < num_experts for expert in experts)
+        if not experts or len(set(experts)) < len(experts) or not known:
             raise UserError(
                 f"experts must be different numbers from 0 to {num_experts - 1}, at least one; "
                 f"got {list(experts)}"
             )
-        self.dim, self.num_experts, self.layer = dim, num_experts, layer
-        self.k = len(self.experts)
+        super().__init__(dim, num_experts, len(experts), layer=layer)
+        self.experts = tuple(experts)
 
-    def reset_parameters(self, seed: int) -> None:
-        """There are none."""
-
-    def forward(
+    def choose(
         self,
-        x_TD: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        sequence_length: int | None = None,
-        key: RandomKey | None = None,
-        routing: Routing | None = None,
-    ) -> Routing:
-        """See ``Router.forward``; only the number of tokens is looked at."""
-        expert_K = torch.tensor(self.experts, device=x_TD.device)
-        return unscored(
-            expert_K.expand(len(x_TD), self.k),
-            self.num_experts,
-            x_TD=x_TD,
-            padding_mask=padding_mask,
-            routing=routing,
-        )
+        num_tokens: int,
+        device: torch.device,
+        sequence_length: int | None,
+        key: RandomKey | None,
+    ) -> Tensor:
+        return torch.tensor(self.experts, device=device).expand(num_tokens, self.k)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -93,6 +94,28 @@ def call(case: Case, tensors: dict[str, Tensor], backend: str) -> Tensor:
         activation=case.activation,
         backend=backend,
     )
+
+
+def strided(case: Case) -> Case:
+    """The same values in other orders of memory, ``dy`` a column that is repeated."""
+    return replace(
+        case,
+        x=case.x.t().contiguous().t(),
+        weight=case.weight.t().contiguous().t(),
+        expert=case.expert.t().contiguous().t(),
+        up=case.up.mT.contiguous().mT,
+        down=case.down.mT.contiguous().mT,
+        dy=case.dy[:, :1].expand_as(case.dy),
+    )
+
+
+def assert_differentiable_once(case: Case, backend: str) -> None:
+    """A second derivative would be wrong, so it is an error."""
+    x = case.x.clone().requires_grad_()
+    y = call(case, {**case.tensors, "x": x}, backend)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def assert_equal_to_reference(case: Case, backend: str, tol: float | None = None) -> None:

@@ -13,7 +13,15 @@ from expertmesh.kernels.moe_mlp.fused import run as fused_run
 from expertmesh.kernels.moe_mlp.fused.plan import Plan, Tile
 from expertmesh.kernels.moe_mlp.problem import MLPOperands
 from expertmesh.testing import assert_close
-from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run
+from tests.kernels.cases import (
+    Case,
+    assert_differentiable_once,
+    assert_equal_to_reference,
+    call,
+    make_case,
+    run,
+    strided,
+)
 
 TILE = Tile(columns=32, depth=16, warps=4, stages=2, group=2, rows=16)
 PLAN = Plan(
@@ -143,25 +151,11 @@ def test_matrices_that_start_anywhere_in_a_buffer() -> None:
 
 
 def test_strided_inputs() -> None:
-    case = case_of()
-    strided = replace(
-        case,
-        x=case.x.t().contiguous().t(),
-        weight=case.weight.t().contiguous().t(),
-        expert=case.expert.t().contiguous().t(),
-        up=case.up.mT.contiguous().mT,
-        dy=case.dy[:, :1].expand_as(case.dy),
-    )
-    assert_equal_to_reference(strided, "triton")
+    assert_equal_to_reference(strided(case_of()), "triton")
 
 
 def test_second_derivative_is_refused() -> None:
-    case = case_of()
-    x = case.x.clone().requires_grad_()
-    y = call(case, {**case.tensors, "x": x}, "triton")
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    assert_differentiable_once(case_of(), "triton")
 
 
 def test_compiles_as_one_graph() -> None:

@@ -13,6 +13,30 @@ from expertmesh.models import DecoderLM, decoder_preset
 
 VOCAB = 512
 
+# The 8B's numbers under the names of ColossalAI's own files, whose code reads other names.
+OLDER_KEYS: dict[str, Any] = {
+    "architectures": ["OpenMoeForCausalLM"],
+    "intermediate_size": 8192,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "head_dim": 128,
+    "num_attention_heads": 24,
+    "dropout_rate": 0.0,
+    "layer_norm_epsilon": 1e-06,
+    "vocab_size": 256384,
+    "hidden_act": "swiglu",
+    "num_experts": 32,
+    "topk": 2,
+    "capacity_factor_train": 1.25,
+    "capacity_factor_eval": 2.0,
+    "min_capacity": 4,
+    "noisy_policy": None,
+    "drop_tks": True,
+    "expert_parallel": None,
+    "gated": True,
+    "moe_layer_interval": 6,
+}
+
 
 def published_tensors(model: DecoderLM) -> dict[str, Tensor]:
     """Every tensor under its published name and in its published shape."""

@@ -8,30 +8,8 @@ import pytest
 from expertmesh.convert.openmoe.config import decoder_config, is_openmoe, published_config
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig, decoder_preset
+from tests.openmoe.folders import OLDER_KEYS
 
-# As in ColossalAI's repository; the numbers are the published 8B's.
-OLDER: dict[str, Any] = {
-    "architectures": ["OpenMoeForCausalLM"],
-    "intermediate_size": 8192,
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "head_dim": 128,
-    "num_attention_heads": 24,
-    "dropout_rate": 0.0,
-    "layer_norm_epsilon": 1e-06,
-    "vocab_size": 256384,
-    "hidden_act": "swiglu",
-    "num_experts": 32,
-    "topk": 2,
-    "capacity_factor_train": 1.25,
-    "capacity_factor_eval": 2.0,
-    "min_capacity": 4,
-    "noisy_policy": None,
-    "drop_tks": True,
-    "expert_parallel": None,
-    "gated": True,
-    "moe_layer_interval": 6,
-}
 TEST = decoder_preset("openmoe-test")
 
 
@@ -46,7 +24,7 @@ def test_there_and_back(size: str) -> None:
 
 
 def test_the_older_keys_are_the_8b() -> None:
-    assert decoder_config(OLDER) == decoder_preset("openmoe-8b")
+    assert decoder_config(OLDER_KEYS) == decoder_preset("openmoe-8b")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +59,13 @@ def test_a_capacity_of_other_factors_there_and_back() -> None:
 
 
 def test_published_folders_are_dropless_here() -> None:
-    assert "capacity" not in decoder_config(OLDER).router_options
+    assert "capacity" not in decoder_config(OLDER_KEYS).router_options
 
 
 def test_loss_factors_are_of_the_mean_over_layers() -> None:
     keys = published_config(decoder_preset("openmoe-34b"))
     assert (keys["router_aux_loss_factor"], keys["router_z_loss_factor"]) == (0.01, 1e-3)
-    options = decoder_config(OLDER | {"router_aux_loss_factor": 0.02}).router_options
+    options = decoder_config(OLDER_KEYS | {"router_aux_loss_factor": 0.02}).router_options
     assert options["balance_coef"] == pytest.approx(0.02 / 4)
 
 
@@ -98,7 +76,7 @@ def test_options_without_a_published_key_are_kept() -> None:
 
 
 def test_what_is_recognised() -> None:
-    assert is_openmoe(OLDER)
+    assert is_openmoe(OLDER_KEYS)
     assert is_openmoe({"model_type": "openmoe"})
     assert is_openmoe({"model_type": "llama", "num_experts": 16, "moe_layer_interval": 4})
     assert not is_openmoe({"model_type": "llama", "num_experts": 16})
@@ -122,7 +100,7 @@ def test_what_is_recognised() -> None:
 )
 def test_what_cannot_be_honoured_is_an_error(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        decoder_config(OLDER | changed)
+        decoder_config(OLDER_KEYS | changed)
 
 
 @pytest.mark.parametrize(
@@ -141,4 +119,4 @@ def test_what_no_key_can_say_is_an_error(config: DecoderConfig, message: str) ->
 
 def test_no_interval_is_an_error_of_the_field() -> None:
     with pytest.raises(ValueError, match=r"moe_every must be an integer of at least 1, got 0"):
-        decoder_config(OLDER | {"moe_layer_interval": 0})
+        decoder_config(OLDER_KEYS | {"moe_layer_interval": 0})

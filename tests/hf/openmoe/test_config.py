@@ -11,31 +11,7 @@ import torch
 from expertmesh.errors import UserError
 from expertmesh.hf import OpenMoeConfig, OpenMoeForCausalLM
 from expertmesh.models import DecoderConfig, DecoderLM, decoder_preset
-from tests.openmoe.folders import published_keys
-
-# As in ColossalAI's own files, whose code reads other names.
-OLDER = {
-    "architectures": ["OpenMoeForCausalLM"],
-    "intermediate_size": 8192,
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "head_dim": 128,
-    "num_attention_heads": 24,
-    "dropout_rate": 0.0,
-    "layer_norm_epsilon": 1e-06,
-    "vocab_size": 256384,
-    "hidden_act": "swiglu",
-    "num_experts": 32,
-    "topk": 2,
-    "capacity_factor_train": 1.25,
-    "capacity_factor_eval": 2.0,
-    "min_capacity": 4,
-    "noisy_policy": None,
-    "drop_tks": True,
-    "expert_parallel": None,
-    "gated": True,
-    "moe_layer_interval": 6,
-}
+from tests.openmoe.folders import OLDER_KEYS, published_keys
 
 
 def on_meta(config: DecoderConfig) -> DecoderLM:
@@ -69,7 +45,7 @@ def test_published_keys_are_read_and_kept(tmp_path: Path) -> None:
 
 
 def test_older_keys_mean_the_same() -> None:
-    config = OpenMoeConfig(**OLDER)
+    config = OpenMoeConfig(**OLDER_KEYS)
     shape = decoder_preset("openmoe-8b")
     assert config.decoder_config() == shape
     assert config.num_key_value_heads == 24
@@ -82,7 +58,7 @@ def test_older_keys_mean_the_same() -> None:
     [("jax", True, 160), ("jax", False, 256), ("pytorch", True, 320), ("pytorch", False, 512)],
 )
 def test_capacity_modes(mode: str, training: bool, slots: int) -> None:
-    config = OpenMoeConfig(**OLDER, router_capacity_mode=mode)
+    config = OpenMoeConfig(**OLDER_KEYS, router_capacity_mode=mode)
     with torch.device("meta"):
         router = config.decoder_config().build_router()
     assert router.capacity.slots(4096, 32, 2, training=training) == slots
@@ -90,7 +66,7 @@ def test_capacity_modes(mode: str, training: bool, slots: int) -> None:
 
 def test_routing_is_dropless_by_default() -> None:
     with torch.device("meta"):
-        assert OpenMoeConfig(**OLDER).decoder_config().build_router().capacity is None
+        assert OpenMoeConfig(**OLDER_KEYS).decoder_config().build_router().capacity is None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +81,7 @@ def test_routing_is_dropless_by_default() -> None:
 )
 def test_what_the_model_cannot_be_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        OpenMoeConfig(**{**OLDER, **keys})
+        OpenMoeConfig(**{**OLDER_KEYS, **keys})
 
 
 def test_another_models_folder_is_refused(tmp_path: Path) -> None:

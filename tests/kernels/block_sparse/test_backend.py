@@ -14,7 +14,15 @@ from expertmesh.kernels.backends import Problem, choose, explain
 from expertmesh.kernels.moe_mlp import MLP_BACKENDS
 from expertmesh.kernels.moe_mlp.block_sparse.backend import BlockSparseMLP
 from expertmesh.testing import assert_close
-from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run
+from tests.kernels.cases import (
+    Case,
+    assert_differentiable_once,
+    assert_equal_to_reference,
+    call,
+    make_case,
+    run,
+    strided,
+)
 
 BACKEND = next(b for b in MLP_BACKENDS if isinstance(b, BlockSparseMLP))
 PROBLEM = Problem(
@@ -141,26 +149,11 @@ def test_one_gradient_alone(wanted: str) -> None:
 
 
 def test_strided_inputs() -> None:
-    case = case_of()
-    strided = replace(
-        case,
-        x=case.x.t().contiguous().t(),
-        weight=case.weight.t().contiguous().t(),
-        expert=case.expert.t().contiguous().t(),
-        up=case.up.mT.contiguous().mT,
-        down=case.down.mT.contiguous().mT,
-        dy=case.dy[:, :1].expand_as(case.dy),
-    )
-    assert_equal_to_reference(strided, "block_sparse")
+    assert_equal_to_reference(strided(case_of()), "block_sparse")
 
 
 def test_second_derivative_is_refused() -> None:
-    case = case_of()
-    x = case.x.clone().requires_grad_()
-    y = call(case, {**case.tensors, "x": x}, "block_sparse")
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    assert_differentiable_once(case_of(), "block_sparse")
 
 
 @pytest.mark.parametrize(
