@@ -1,0 +1,267 @@
+"""The router's operations as torch knows them: schemas, implementations, shapes without values.
+
+Defined with ``torch.library.define``: ``custom_op`` imports the compiler at the first call.
+
+Products of bfloat16 and float32 run on tensor cores without loss: a float32 is the sum of three
+bfloat16 numbers, and products of two bfloat16 numbers are exact in float32, in which they are
+added. No float32 copy of x is made or saved.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FEW_TOKENS = 128
+"""Up to this many tokens the logits are computed by fused multiply-add."""
+
+_SCHEMAS = {
+    "router_balance": "(Tensor score, Tensor chosen, int size) -> (Tensor, Tensor)",
+    "router_balance_backward": "(Tensor score, Tensor fraction, Tensor dproduct, int size)"
+    " -> Tensor",
+    "router_count": "(Tensor logits, Tensor chosen, Tensor dropped, Tensor load,"
+    " Tensor(a!)[] counters, int length) -> ()",
+    "router_logits": "(Tensor x, Tensor weight) -> Tensor",
+    "router_logits_backward": "(Tensor dlogits, Tensor x, Tensor weight, bool[2] wanted)"
+    " -> (Tensor, Tensor)",
+    "router_choose": "(Tensor logits, int k, bool sigmoid) -> Tensor",
+    "router_select": "(Tensor logits, int k, bool sigmoid, bool renormalize, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "router_gates": "(Tensor logits, Tensor chosen, bool sigmoid, bool renormalize, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    "router_gates_backward": "(Tensor score, Tensor chosen, Tensor? dscore, Tensor? dgate,"
+    " bool sigmoid, bool renormalize, float scale) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"expertmesh::{_name}", _schema)
+
+
+def _implement(name: str) -> Any:
+    return torch.library.impl(f"expertmesh::{name}", "CompositeExplicitAutograd")
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"expertmesh::{name}")
+
+
+@_fake("router_logits")
+def _empty_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    return x_TD.new_empty(len(x_TD), len(weight_ED), dtype=torch.float32)
+
+
+@_implement("router_logits")
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    from expertmesh.kernels.router import triton as kernels
+
+    x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
+    if len(x_TD) <= _FEW_TOKENS:
+        logits_TE = _empty_logits(x_TD, weight_ED)
+        kernels.few_logits(x_TD, weight_ED, logits_TE)
+        return logits_TE
+    if weight_ED.dtype == torch.bfloat16:
+        return _product(x_TD, weight_ED.T)
+    part_XD = kernels.split(weight_ED, (0, 1, 2), by_row=False)
+    return _product(x_TD, part_XD.T).view(len(x_TD), 3, -1).sum(dim=1)
+
+
+@_fake("router_logits_backward")
+def _empty_logits_backward(
+    dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = (
+        like.new_empty(like.shape if want else (0,))
+        for like, want in zip((x_TD, weight_ED), wanted, strict=True)
+    )
+    return dx, dweight
+
+
+@_implement("router_logits_backward")
+def _logits_backward(
+    dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    from expertmesh.kernels.router import triton as kernels
+
+    E, D = weight_ED.shape
+    dx, dweight = x_TD.new_empty(0), weight_ED.new_empty(0)
+    part_TX = kernels.split(dlogits_TE.contiguous(), (0, 1, 2, 0), by_row=True)
+    if wanted[0]:
+        # The gradient times the rounded weights, and its rounded part times what was rounded off:
+        # what is left out is 2^-16 of the product, a hundredth of bfloat16's own rounding.
+        weight_XD = kernels.split(weight_ED.contiguous(), (0, 0, 0, 1), by_row=False)
+        dx = part_TX @ weight_XD
+    if wanted[1]:
+        part_XD = _product(part_TX[:, : 3 * E].T, x_TD.contiguous())
+        dweight = part_XD.view(3, E, D).sum(dim=0).to(weight_ED.dtype)
+    return dx, dweight
+
+
+def _product(a_IJ: Tensor, b_JO: Tensor) -> Tensor:
+    """A product of bfloat16 matrices in float32."""
+    if a_IJ.device.type == "cuda":
+        return torch.mm(a_IJ, b_JO, out_dtype=torch.float32)
+    return a_IJ.float() @ b_JO.float()
+
+
+@_fake("router_choose")
+def _empty_choice(logits_TE: Tensor, k: int, sigmoid: bool) -> Tensor:
+    return logits_TE.new_empty(len(logits_TE), k, dtype=torch.int64)
+
+
+@_implement("router_choose")
+def _choose(logits_TE: Tensor, k: int, sigmoid: bool) -> Tensor:
+    from expertmesh.kernels.router import triton as kernels
+
+    chosen_TK = _empty_choice(logits_TE, k, sigmoid)
+    kernels.choose(logits_TE.contiguous(), sigmoid, chosen_TK)
+    return chosen_TK
+
+
+@_fake("router_select")
+def _empty_selection(
+    logits_TE: Tensor, k: int, sigmoid: bool, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen_TK = _empty_choice(logits_TE, k, sigmoid)
+    return chosen_TK, *_empty_gates(logits_TE, chosen_TK, sigmoid, renormalize, scale)
+
+
+@_implement("router_select")
+def _select(
+    logits_TE: Tensor, k: int, sigmoid: bool, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from expertmesh.kernels.router import triton as kernels
+
+    rule = (sigmoid, renormalize, scale)
+    chosen_TK, score_TE, gate_TK, _ = _empty_selection(logits_TE, k, *rule)
+    logits_TE = logits_TE.contiguous()
+    if len(logits_TE) <= _FEW_TOKENS:
+        load_E = kernels.select(logits_TE, *rule, chosen_TK, score_TE, gate_TK)
+    else:  # all at once needs too many registers to be faster than one after the other
+        kernels.choose(logits_TE, sigmoid, chosen_TK)
+        load_E = kernels.gates(logits_TE, chosen_TK, *rule, score_TE, gate_TK)
+    return chosen_TK, score_TE, gate_TK, load_E
+
+
+@_fake("router_gates")
+def _empty_gates(
+    logits_TE: Tensor, chosen_TK: Tensor, sigmoid: bool, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate_TK = logits_TE.new_empty(chosen_TK.shape)
+    load_E = chosen_TK.new_empty(logits_TE.shape[1])
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format), gate_TK, load_E
+
+
+@_implement("router_gates")
+def _gates(
+    logits_TE: Tensor, chosen_TK: Tensor, sigmoid: bool, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from expertmesh.kernels.router import triton as kernels
+
+    logits_TE, chosen_TK = logits_TE.contiguous(), chosen_TK.contiguous()
+    given = (logits_TE, chosen_TK, sigmoid, renormalize, scale)
+    score_TE, gate_TK, _ = _empty_gates(*given)
+    load_E = kernels.gates(*given, score_TE, gate_TK)
+    return score_TE, gate_TK, load_E
+
+
+@_fake("router_gates_backward")
+def _empty_gates_backward(
+    score_TE: Tensor,
+    chosen_TK: Tensor,
+    dscore_TE: Tensor | None,
+    dgate_TK: Tensor | None,
+    sigmoid: bool,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    return torch.empty_like(score_TE)
+
+
+@_implement("router_gates_backward")
+def _gates_backward(
+    score_TE: Tensor,
+    chosen_TK: Tensor,
+    dscore_TE: Tensor | None,
+    dgate_TK: Tensor | None,
+    sigmoid: bool,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    from expertmesh.kernels.router import triton as kernels
+
+    dlogits_TE = torch.empty_like(score_TE)
+    dscore_TE, dgate_TK = (g if g is None else g.contiguous() for g in (dscore_TE, dgate_TK))
+    kernels.gates_backward(
+        score_TE,
+        chosen_TK.contiguous(),
+        dscore_TE,
+        dgate_TK,
+        sigmoid,
+        renormalize,
+        scale,
+        dlogits_TE,
+    )
+    return dlogits_TE
+
+
+@_fake("router_count")
+def _count_nothing(
+    logits_TE: Tensor,
+    chosen_TK: Tensor,
+    dropped_TK: Tensor,
+    load_E: Tensor,
+    counters: list[Tensor],
+    length: int,
+) -> None:
+    pass
+
+
+@_implement("router_count")
+def _count(
+    logits_TE: Tensor,
+    chosen_TK: Tensor,
+    dropped_TK: Tensor,
+    load_E: Tensor,
+    counters: list[Tensor],
+    length: int,
+) -> None:
+    from expertmesh.kernels.router.count import count
+
+    count(
+        logits_TE.contiguous(),
+        chosen_TK.contiguous(),
+        dropped_TK.contiguous(),
+        load_E.contiguous(),
+        counters,
+        length,
+    )
+
+
+@_fake("router_balance")
+def _empty_balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    T, E = score_TE.shape
+    return score_TE.new_empty(T // size), score_TE.new_empty(T // size, E)
+
+
+@_implement("router_balance")
+def _balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    from expertmesh.kernels.router.balance import balance
+
+    if chosen_TK.stride(1) != 1:
+        chosen_TK = chosen_TK.contiguous()
+    return balance(score_TE.contiguous(), chosen_TK, size)
+
+
+@_fake("router_balance_backward")
+def _empty_balance_backward(
+    score_TE: Tensor, fraction_GE: Tensor, dproduct_G: Tensor, size: int
+) -> Tensor:
+    return torch.empty_like(score_TE, memory_format=torch.contiguous_format)
+
+
+@_implement("router_balance_backward")
+def _balance_backward(
+    score_TE: Tensor, fraction_GE: Tensor, dproduct_G: Tensor, size: int
+) -> Tensor:
+    from expertmesh.kernels.router.balance import balance_backward
+
+    return balance_backward(score_TE.contiguous(), fraction_GE, dproduct_G.contiguous(), size)
