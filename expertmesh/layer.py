@@ -5,6 +5,7 @@ E experts of the model, K choices per token, R token rows on this rank after dis
 """
 
 import dataclasses
+from functools import reduce
 from typing import Literal, overload
 
 import torch
@@ -179,7 +180,7 @@ class MoE(nn.Module):
         if not decided.losses or not torch.is_grad_enabled():
             return y_TD, decided
         if self.losses == "attach":
-            total = torch.stack(list(decided.losses.values())).sum()
+            total = reduce(torch.add, decided.losses.values())
             y_TD = attach_loss(y_TD, total * self.loss_scale)
             detached = {name: loss.detach() for name, loss in decided.losses.items()}
             decided = dataclasses.replace(decided, losses=detached)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
-from expertmesh.kernels.router import counts, router_balance
+from expertmesh.kernels.router import counts, router_balance, router_z
 from expertmesh.random import RandomKey
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.population import Alone, Population
@@ -95,7 +95,7 @@ class Evidence:
     def mean(self, value_G: Tensor, scope: Scope) -> Tensor:
         """Mean over the groups that hold a token; 0 if none does."""
         if self.is_whole:
-            return value_G.mean()
+            return value_G.mean() if len(value_G) > 1 else value_G.reshape(())
         occupied_G = self.num_tokens(scope) > 0
         kept = torch.where(occupied_G, value_G, torch.zeros_like(value_G)).sum()
         number = occupied_G.sum().to(kept.dtype)
@@ -130,32 +130,6 @@ class BalanceLoss(ABC):
         """The loss with its coefficient, a scalar; 0 without tokens."""
 
 
-def _top1_times_mean(evidence: Evidence, scope: Scope) -> Tensor:
-    """E sum_e f_e P_e, f_e the share of tokens whose first choice is e."""
-    return evidence.num_experts * _product(evidence, evidence.chosen_TK[:, :1], scope)
-
-
-def _all_choices(evidence: Evidence, scope: Scope) -> Tensor:
-    """E / k sum_e f_e P_e, f_e the choices of e per token."""
-    return _summed_choices(evidence, scope) / evidence.k
-
-
-def _summed_choices(evidence: Evidence, scope: Scope) -> Tensor:
-    """E sum_e f_e P_e, f_e the choices of e per token."""
-    return evidence.num_experts * _product(evidence, evidence.chosen_TK, scope)
-
-
-def _paper_gshard(evidence: Evidence, scope: Scope) -> Tensor:
-    """(1/E) sum_e f_e P_e with first choices, literally as printed."""
-    return _top1_times_mean(evidence, scope) / evidence.num_experts**2
-
-
-def _unbiased_choices(evidence: Evidence, scope: Scope) -> Tensor:
-    """E / k sum_e f_e P_e, f_e from the top k of scores without the selection bias."""
-    best_TK = top_k(evidence.score_TE.detach(), evidence.k)
-    return evidence.num_experts / evidence.k * _product(evidence, best_TK, scope)
-
-
 def _product(evidence: Evidence, chosen_TK: Tensor, scope: Scope) -> Tensor:
     """sum_e f_e P_e for each group, f_e the choices of e per token."""
     if evidence.is_whole and scope in ("micro_batch", "sequence") and counts(evidence.score_TE):
@@ -169,14 +143,41 @@ def _product(evidence: Evidence, chosen_TK: Tensor, scope: Scope) -> Tensor:
     return (fraction_GE.detach() * mean_GE).sum(dim=1)
 
 
-FORMS: dict[str, Callable[[Evidence, Scope], Tensor]] = {
-    "switch": _top1_times_mean,
-    "megablocks": _all_choices,
-    "huggingface": _summed_choices,
-    "gshard_paper": _paper_gshard,
-    "deepseek_v3": _unbiased_choices,
+def _switch(evidence: Evidence) -> tuple[float, Tensor]:
+    """E sum_e f_e P_e, f_e the share of tokens whose first choice is e."""
+    return evidence.num_experts, evidence.chosen_TK[:, :1]
+
+
+def _megablocks(evidence: Evidence) -> tuple[float, Tensor]:
+    """E / k sum_e f_e P_e, f_e the choices of e per token."""
+    return evidence.num_experts / evidence.k, evidence.chosen_TK
+
+
+def _huggingface(evidence: Evidence) -> tuple[float, Tensor]:
+    """E sum_e f_e P_e, f_e the choices of e per token."""
+    return evidence.num_experts, evidence.chosen_TK
+
+
+def _gshard_paper(evidence: Evidence) -> tuple[float, Tensor]:
+    """(1/E) sum_e f_e P_e with first choices, literally as printed."""
+    return 1 / evidence.num_experts, evidence.chosen_TK[:, :1]
+
+
+def _deepseek_v3(evidence: Evidence) -> tuple[float, Tensor]:
+    """E / k sum_e f_e P_e, f_e from the top k of scores without the selection bias."""
+    return evidence.num_experts / evidence.k, top_k(evidence.score_TE.detach(), evidence.k)
+
+
+FORMS: dict[str, Callable[[Evidence], tuple[float, Tensor]]] = {
+    "switch": _switch,
+    "megablocks": _megablocks,
+    "huggingface": _huggingface,
+    "gshard_paper": _gshard_paper,
+    "deepseek_v3": _deepseek_v3,
 }
-"""Forms of the load-balancing loss and their value at perfect balance.
+"""Forms of the load-balancing loss: what multiplies ``sum_e f_e P_e``, and the choices f counts.
+
+Their value at perfect balance:
 
 switch: 1 (Switch eq. 4; GShard's and DeepSpeed's code); megablocks: 1 (also DeepSeekMoE, Megatron);
 huggingface: k (also flaxformer); gshard_paper: 1/E^2 (GShard Algorithm 1 as printed);
@@ -213,8 +214,9 @@ class LoadBalancingLoss(BalanceLoss):
         check_scope("balance loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        value_G = FORMS[self.form](evidence, self.scope)
-        return self.coef * evidence.mean(value_G, self.scope)
+        factor, chosen_TK = FORMS[self.form](evidence)
+        value_G = _product(evidence, chosen_TK, self.scope)
+        return self.coef * factor * evidence.mean(value_G, self.scope)
 
 
 def squared_cv(value_GE: Tensor, variance: Literal["population", "unbiased"]) -> Tensor:
@@ -328,7 +330,10 @@ class ZLoss(BalanceLoss):
     name: str = "z"
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        square_T = evidence.logits.clean_TE.logsumexp(dim=1) ** 2
+        logits_TE = evidence.logits.clean_TE
+        if evidence.is_whole and counts(logits_TE):
+            return self.coef * router_z(logits_TE)
+        square_T = logits_TE.logsumexp(dim=1) ** 2
         if evidence.is_whole:
             return self.coef * square_T.mean()
         total = evidence.total(square_T, "micro_batch").sum()

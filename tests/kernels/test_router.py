@@ -11,6 +11,7 @@ from expertmesh.kernels.router import (
     router_gates,
     router_logits,
     router_select,
+    router_z,
     serves,
 )
 from expertmesh.kernels.router.reference import (
@@ -277,3 +278,26 @@ def test_load_times_probability(tokens: int, num_experts: int, k: int, size: int
     (dscore,) = torch.autograd.grad(got, score, grad)
     (exact,) = torch.autograd.grad(expected, wide, grad.double())
     assert_close("dscore", dscore, exact.float(), 1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize(("tokens", "num_experts"), [(1, 1), (3, 2), (40, 6), (2100, 5)])
+def test_mean_of_squared_logsumexp(tokens: int, num_experts: int, scale: float) -> None:
+    logits = (scale * normal(tokens, num_experts, seed=10)).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    expected = (wide.logsumexp(1) ** 2).mean()
+    got = router_z(logits)
+    assert_close("z", got, expected.float(), 1e-6)
+    (dlogits,) = torch.autograd.grad(3 * got, logits)
+    (exact,) = torch.autograd.grad(3 * expected, wide)
+    assert_close("dlogits", dlogits, exact.float(), 1e-5)
+
+
+def test_squared_logsumexp_where_logits_are_infinite() -> None:
+    logits = torch.tensor([[-torch.inf, 0.5, 1.0], [0.0, -torch.inf, 2.0]], requires_grad=True)
+    expected = (logits.logsumexp(1) ** 2).mean()
+    got = router_z(logits)
+    assert_close("z", got.detach(), expected.detach(), 1e-6)
+    assert_close("d", *(torch.autograd.grad(z, logits)[0] for z in (got, expected)), 1e-5)
+    assert router_z(torch.full((2, 3), -torch.inf)).isinf()
+    assert router_z(torch.tensor([[torch.nan, 0.0]])).isnan()

@@ -1,4 +1,4 @@
-"""The dense part of a router: logits, scores, the k best, gates, counters."""
+"""The dense part of a router: logits, scores, the k best, gates, losses, counters."""
 
 from expertmesh.kernels.router.op import (
     router_balance,
@@ -7,6 +7,7 @@ from expertmesh.kernels.router.op import (
     router_gates,
     router_logits,
     router_select,
+    router_z,
 )
 from expertmesh.kernels.router.support import counts, logits_refusal, serves, statistics_refusal
 
@@ -19,6 +20,7 @@ __all__ = [
     "router_gates",
     "router_logits",
     "router_select",
+    "router_z",
     "serves",
     "statistics_refusal",
 ]

@@ -31,6 +31,8 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     "router_gates_backward": "(Tensor score, Tensor chosen, Tensor? dscore, Tensor? dgate,"
     " bool sigmoid, bool renormalize, float scale) -> Tensor",
+    "router_z": "(Tensor logits) -> (Tensor, Tensor)",
+    "router_z_backward": "(Tensor logits, Tensor norm, Tensor dmean) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"expertmesh::{_name}", _schema)
@@ -265,3 +267,27 @@ def _balance_backward(
     from expertmesh.kernels.router.balance import balance_backward
 
     return balance_backward(score_TE.contiguous(), fraction_GE, dproduct_G.contiguous(), size)
+
+
+@_fake("router_z")
+def _empty_z(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    return logits_TE.new_empty(()), logits_TE.new_empty(len(logits_TE))
+
+
+@_implement("router_z")
+def _z(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    from expertmesh.kernels.router.z import mean_square_norm
+
+    return mean_square_norm(logits_TE.contiguous())
+
+
+@_fake("router_z_backward")
+def _empty_z_backward(logits_TE: Tensor, norm_T: Tensor, dmean: Tensor) -> Tensor:
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+
+
+@_implement("router_z_backward")
+def _z_backward(logits_TE: Tensor, norm_T: Tensor, dmean: Tensor) -> Tensor:
+    from expertmesh.kernels.router.z import mean_square_norm_backward
+
+    return mean_square_norm_backward(logits_TE.contiguous(), norm_T, dmean)

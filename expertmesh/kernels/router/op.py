@@ -91,6 +91,16 @@ def router_balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> Tensor:
     return product_G
 
 
+def router_z(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of ``logsumexp(logits)^2``, a scalar, differentiable.
+
+    Args:
+        logits_TE: float32, T above 0.
+    """
+    mean: Tensor = _Z.apply(logits_TE)
+    return mean
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -151,3 +161,18 @@ class _Balance(torch.autograd.Function):
     def backward(ctx: Any, dproduct_G: Tensor) -> tuple[Tensor | None, ...]:
         backward = torch.ops.expertmesh.router_balance_backward
         return backward(*ctx.saved_tensors, dproduct_G, ctx.size), None, None
+
+
+class _Z(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor) -> Tensor:
+        mean: Tensor
+        mean, norm_T = torch.ops.expertmesh.router_z(logits_TE)
+        ctx.save_for_backward(logits_TE, norm_T)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmean: Tensor) -> Tensor:
+        dlogits_TE: Tensor = torch.ops.expertmesh.router_z_backward(*ctx.saved_tensors, dmean)
+        return dlogits_TE
