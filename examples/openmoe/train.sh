@@ -14,7 +14,6 @@ PYTHON=${PYTHON:-python3}
 cd "$(dirname "$0")/../.."
 # A CPU is shared by all ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-DEVICE=()
-if [ "$MODEL" = test ]; then DEVICE=(--run.device=cpu); fi
+if [ "$MODEL" = test ]; then set -- --run.device=cpu "$@"; fi
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" \
-  -m expertmesh train "examples/openmoe/$MODEL-$PLUGIN.toml" "${DEVICE[@]}" "$@"
+  -m expertmesh train "examples/openmoe/$MODEL-$PLUGIN.toml" "$@"

@@ -176,7 +176,7 @@ class _Files:
         self._folder, self._turns = folder, turns
         self._name = ""
         self._writer: folders.ShardWriter | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def write(self, step: Step, values: Tensor) -> None:
         """The values of a step."""
@@ -191,7 +191,7 @@ class _Files:
             self._writer.write(values)
             if step.last:
                 self._writer.end_of(step.name)
-        except OSError as error:
+        except Exception as error:
             self._error = error
 
     def close(self) -> None:

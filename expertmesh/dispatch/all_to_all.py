@@ -66,7 +66,7 @@ class AllToAllDispatcher(Dispatcher):
         return Plan(
             grouping.row_N[: sum(sent)],
             None,
-            grouping,
+            torch.where(grouping.valid_RK, grouping.inverse_RK, -1),
             sent,
             received,
             self.group,

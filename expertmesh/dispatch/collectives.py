@@ -125,16 +125,11 @@ def exchange_rows(
     group: Group,
     *,
     kind: str,
-    spare_rows: int = 0,
 ) -> Tensor:
-    """``all_to_all`` without gradient, with uninitialised rows left behind those received."""
-    out = x.new_empty(sum(received) + spare_rows, *x.shape[1:])
+    """``all_to_all`` without gradient."""
+    out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(
-        out[: sum(received)],
-        x.contiguous(),
-        list(received),
-        list(sent),
-        group=group.process_group,
+        out, x.contiguous(), list(received), list(sent), group=group.process_group
     )
     width = x[:1].numel() if len(x) else 0
     leaving = sum(sent) - sent[group.index]

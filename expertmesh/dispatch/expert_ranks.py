@@ -39,9 +39,14 @@ class ExpertRanks:
             expert_TK: int64; E marks choices that are not carried out.
 
         Returns:
-            int64 ``(T, K * etp)``; ``num_ranks`` where there is nothing to send.
+            int64 ``(T, J)``, J the lesser of the group's ranks and ``K * etp``: sums over a
+            token's rows read J of them. ``num_ranks`` where there is nothing to send.
         """
         owner_TK = expert_TK // self.num_local
+        if self.ep <= expert_TK.shape[1]:
+            rank_J = torch.arange(self.num_ranks, device=expert_TK.device)
+            goes_TJ = (owner_TK.unsqueeze(2) == rank_J // self.etp).any(dim=1)
+            return torch.where(goes_TJ, rank_J, self.num_ranks)
         # A rank that an earlier choice of the token named already is left out.
         same_TKK = owner_TK.unsqueeze(2) == owner_TK.unsqueeze(1)
         owner_TK = owner_TK.masked_fill(same_TKK.tril(-1).any(dim=2), self.ep)

@@ -15,7 +15,7 @@ from expertmesh.dispatch.transport import (
     send_tokens,
 )
 from expertmesh.errors import UserError
-from expertmesh.kernels.grouping import Grouping, group_by_expert
+from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.routing import Routing
 
 
@@ -83,13 +83,12 @@ class StaticDispatcher(Dispatcher):
         )
         token_S = row_N.new_full((nowhere + 1,), num_tokens)
         token_S = token_S.scatter_(0, row_N, grouping.row_N)[:nowhere]
-        inverse_TJ = row_N[grouping.inverse_RK]
-        rows = Grouping(grouping.order_N, inverse_TJ, grouping.offsets_E, grouping.valid_RK)
+        place_TJ = torch.where(grouping.valid_RK, row_N[grouping.inverse_RK], -1)
         empty_S = token_S == num_tokens
         parts = [slots] * self.ranks.num_ranks
         token_S = token_S.clamp_max(max(num_tokens - 1, 0))
         dtype = row_dtype(x_TD, rounded=self.rounded)
-        return Plan(token_S, empty_S, rows, parts, parts, self.group, x_TD.dtype, dtype)
+        return Plan(token_S, empty_S, place_TJ, parts, parts, self.group, x_TD.dtype, dtype)
 
     def _agreed_slots(self, routing: Routing) -> int:
         most = routing.most_per_expert

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertmesh.dispatch.collectives import Group, exchange_rows
 from expertmesh.kernels.dtypes import autocast_dtype
-from expertmesh.kernels.grouping import Grouping, combine
+from expertmesh.kernels.row_sum import sum_rows
 
 _ID = torch.int32
 
@@ -23,8 +23,8 @@ class Plan:
     Attributes:
         token_N: int64, the token of each outgoing row, rows for rank 0 first.
         empty_N: True where an outgoing row carries no token; None if every row does.
-        grouping: Of the tokens' destinations: ``inverse_RK`` gives the outgoing row of each
-            destination of each token.
+        place_TJ: int64, the outgoing row of each destination of each token, by ascending rank
+            where J is the number of ranks; -1 where there is none.
         sent: Rows for each rank.
         received: Rows from each rank.
         group: The ranks.
@@ -34,7 +34,7 @@ class Plan:
 
     token_N: Tensor
     empty_N: Tensor | None
-    grouping: Grouping
+    place_TJ: Tensor
     sent: list[int]
     received: list[int]
     group: Group
@@ -52,19 +52,12 @@ class Plan:
         return exchange_rows(rows_NX, self.sent, self.received, self.group, kind=kind)
 
     def come_home(self, rows_RX: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-        """Rows back to their tokens, added by rank in ascending order: ``(T, ...)`` in ``dtype``.
+        """Rows back to their tokens, added in ``place_TJ``'s order: ``(T, ...)`` in ``dtype``.
 
         The sum is taken in float32 or wider.
         """
-        wide = torch.promote_types(torch.float32, dtype)
-        # One row more than is received: the grouped sum reads it where a token has no row.
-        rows_NX = exchange_rows(
-            rows_RX, self.received, self.sent, self.group, kind=kind, spare_rows=1
-        )
-        last = len(rows_NX) - 1
-        inverse_TJ = self.grouping.inverse_RK.clamp_max(last)
-        total_TX = combine(rows_NX, self.grouping._replace(inverse_RK=inverse_TJ), None, wide)
-        return total_TX.to(dtype)
+        rows_NX = exchange_rows(rows_RX, self.received, self.sent, self.group, kind=kind)
+        return sum_rows(rows_NX, self.place_TJ, dtype)
 
 
 def row_dtype(x_TD: Tensor, *, rounded: bool) -> torch.dtype:
