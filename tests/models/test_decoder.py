@@ -174,8 +174,13 @@ def test_noise_follows_the_key(tokens: Tensor) -> None:
 
 def test_autocast_keeps_the_residual_wide(tokens: Tensor) -> None:
     model = DecoderLM(DecoderConfig(**{**GROUPED, "qk_norm": "head"})).eval()
+    read, residual = [], []
+    for block in model.blocks:
+        block.attention_norm.register_forward_hook(lambda *call: read.append(call[-1].dtype))
+        block.register_forward_hook(lambda *call: residual.append(call[-1].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")
         hidden = model.hidden(tokens)
-    assert hidden.dtype == torch.float32
-    torch.testing.assert_close(hidden, model.hidden(tokens), rtol=0.1, atol=0.1)
+    assert set(residual) == {torch.float32}
+    assert {hidden.dtype, *read} == {torch.bfloat16}  # rounded once, for all products
+    torch.testing.assert_close(hidden.float(), model.hidden(tokens), rtol=0.1, atol=0.1)
