@@ -6,7 +6,7 @@ E experts of the model, K choices per token, R token rows on this rank after dis
 
 import dataclasses
 from functools import reduce
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from expertmesh.errors import UserError
 from expertmesh.experts import Experts
 from expertmesh.metrics import Metric, RoutingMeter
 from expertmesh.random import RandomKey
-from expertmesh.recompute import is_recompute
+from expertmesh.recompute import is_recompute, is_reentrant
 from expertmesh.routing import Router, Routing
 from expertmesh.routing.attach import attach_loss
 from expertmesh.routing.draw import Draw
@@ -40,7 +40,8 @@ class MoE(nn.Module):
         shared: A module that every token passes through, added to the routed output, or None.
         losses: ``"attach"``: balance losses are tied to the output and train under any loop, and
             never appear in the main loss. ``"return"``: the caller adds them, through ``MoELoss``
-            or from the returned ``Routing``.
+            or from the returned ``Routing``. Activation checkpointing must then be of the kind
+            ``use_reentrant=False``: the other has no graph for them to stay in.
 
     Raises:
         ValueError: If router and experts disagree, or ``losses`` is something else.
@@ -167,6 +168,10 @@ class MoE(nn.Module):
         collected, self._uncollected = self._uncollected, []
         return collected
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has seen no forward pass; and graphs can be neither copied nor pickled.
+        return self.__dict__ | {"_uncollected": []}
+
     def _draws(self, key: RandomKey | None, x_TD: Tensor) -> Tensor | None:
         """A random number for each token, where the experts drop hidden units."""
         if not self.experts.training or self.experts.dropout == 0:
@@ -186,6 +191,12 @@ class MoE(nn.Module):
             decided = dataclasses.replace(decided, losses=detached)
         elif not returned and not is_recompute():
             self._uncollected.extend(decided.losses.values())
+        elif not returned and is_reentrant():
+            raise UserError(
+                "losses='return' loses its balance losses under reentrant checkpointing, whose "
+                "forward pass has no gradient; set checkpoint(..., use_reentrant=False), or "
+                "losses='attach'"
+            )
         return y_TD, decided
 
     def _check(
@@ -209,11 +220,11 @@ class MoE(nn.Module):
             raise UserError(
                 f"padding_mask must be bool, True for padding; got {padding_mask.dtype}"
             )
-        by_token = routing is not None and routing.token_N is None
-        if routing is not None and by_token and len(routing.expert_TK) != tokens.numel():
+        recorded = None if routing is None else routing.num_tokens
+        if recorded is not None and recorded != tokens.numel():
             raise UserError(
                 f"routing must be recorded from as many tokens as x has, {tokens.numel()}; "
-                f"got {len(routing.expert_TK)}"
+                f"got {recorded}"
             )
 
 

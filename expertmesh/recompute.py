@@ -1,6 +1,7 @@
 """Telling a first forward pass from its repetition in backward."""
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def is_recompute() -> bool:
@@ -12,3 +13,8 @@ def is_recompute() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
+
+
+def is_reentrant() -> bool:
+    """Whether reentrant checkpointing repeats this pass, in the backward pass of its function."""
+    return isinstance(torch._C._current_autograd_node(), CheckpointFunction._backward_cls)

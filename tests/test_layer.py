@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
 from expertmesh.metrics import summarize
 from expertmesh.routing import (
     Capacity,
+    ExpertChoiceRouter,
     LoadBalancingLoss,
     NormalNoise,
     Router,
@@ -198,6 +200,38 @@ def test_no_loss_is_counted_twice():
     assert MoELoss()(moe) == 0
 
 
+def test_reentrant_checkpointing_does_not_lose_losses_silently():
+    x = torch.randn(20, D, dtype=F64, requires_grad=True)
+    moe = make(losses="return")
+    checkpoint(moe, x, use_reentrant=True).sum().backward()  # there are none to lose
+    moe.router.losses = LOSSES
+    y = checkpoint(moe, x, use_reentrant=True)
+    with pytest.raises(ValueError, match=r"set checkpoint\(\.\.\., use_reentrant=False\)"):
+        y.sum().backward()
+
+    def returning(x):  # losses that leave the function as its outputs are in the graph
+        y, routing = moe(x, return_routing=True)
+        return y, MoELoss()([routing])
+
+    y, loss = checkpoint(returning, x, use_reentrant=True)
+    again = gradients(moe, main(y) + loss)
+    y, loss = returning(x)
+    straight = gradients(moe, main(y) + loss)
+    for name, gradient in straight.items():
+        assert_close(name, again[name], gradient, tol=1e-12)
+
+
+def test_a_layer_is_copied_without_what_it_has_yet_to_hand_over():
+    x = torch.randn(20, D, dtype=F64)
+    moe = make(losses="return")
+    moe.router.losses = LOSSES
+    y = moe(x)
+    for other in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+        assert torch.equal(other(x), y)
+        assert len(other.collect_losses()) == len(LOSSES)
+    assert len(moe.collect_losses()) == len(LOSSES)
+
+
 def test_attaching_layers_refuse_to_be_added():
     moe = make(losses="attach")
     with pytest.raises(ValueError, match="losses='return'"):
@@ -377,6 +411,17 @@ def test_a_router_of_ones_own():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(make())
+
+
+@pytest.mark.parametrize("num_tokens", [2, 4])
+def test_records_of_experts_that_choose_are_of_as_many_tokens(num_tokens):
+    experts = GatedMLPExperts(D, F, E, dtype=F64)
+    moe = MoE(ExpertChoiceRouter(D, E, 2.0, dtype=F64), experts)
+    x = torch.randn(3, D, dtype=F64)
+    _, routing = moe(x, return_routing=True)
+    assert moe(x, routing=routing).shape == x.shape
+    with pytest.raises(ValueError, match=f"as many tokens as x has, {num_tokens}; got 3"):
+        moe(torch.randn(num_tokens, D, dtype=F64), routing=routing)
 
 
 def test_parts_that_do_not_fit():

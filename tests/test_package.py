@@ -17,6 +17,7 @@ ORDER = [
     "shards",
     "random",
     "recompute",
+    "uncompiled",
     "testing",
     "kernels",
     "routing",
@@ -95,6 +96,14 @@ def test_import_brings_in_nothing_but_torch():
     assert not extra
     assert "torch.distributed.fsdp" not in run.stdout
     assert "torch._dynamo" not in run.stdout
+
+
+def test_the_compiler_is_imported_to_compile_alone():
+    code = (
+        "import sys, expertmesh.train.loop, expertmesh.train.build, expertmesh.report;"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_bare_import_does_not_wait_for_torch():

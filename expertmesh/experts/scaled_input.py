@@ -1,5 +1,7 @@
 """Experts whose combine weight multiplies what goes in, not what comes out (Llama 4)."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class ScaledInputExperts(Experts):
         k = expert_RK.shape[1]
         # Rows of padding may hold anything, and a product with it has a gradient.
         served_RK1 = (expert_RK < self._num_local()).unsqueeze(2)
-        x_RKD = torch.where(served_RK1, x_RD.unsqueeze(1), torch.zeros_like(x_RD[:1]))
+        x_RKD = torch.where(served_RK1, x_RD.unsqueeze(1), x_RD.new_zeros(()))
         scaled_RKD = (x_RKD * weight_RK.unsqueeze(2)).to(x_RD.dtype)
         ones_N1 = torch.ones_like(weight_RK).reshape(-1, 1)
         draw_N = None if draw_R is None else draw_R.repeat_interleave(k)
@@ -49,8 +51,11 @@ class ScaledInputExperts(Experts):
 
     def _num_local(self) -> int:
         """Experts on this rank, which is also the sentinel there."""
-        stacked = self.experts.hidden_dims is not None
-        return len(local(next(self.experts.parameters()))) if stacked else self.num_experts
+        if self.experts.hidden_dims is None:
+            return self.num_experts
+        values = chain(self.experts.parameters(), self.experts.buffers())
+        stack = next(values, None)
+        return self.num_experts if stack is None else len(local(stack))
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Those of the experts."""

@@ -9,13 +9,13 @@ from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
 from expertmesh.routing.auction import balanced_assignment
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import coarse, wide_logits, without_padding
 from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.selection import count_experts, top_k
-from expertmesh.routing.unscored import check_sizes
 from expertmesh.shards import shard_of
 
 
@@ -107,10 +107,13 @@ class BaseRouter(Router):
         x_TD = without_padding(x_TD, padding_mask)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = wide_logits(x_TD, self.weight_ED)
-            order = self.population.arrange(len(x_TD), sequence_length, key)
+            most = None
             if routing is not None:
                 expert_T1 = recorded(routing, self.num_experts).expert_TK
+                most = routing.most_per_expert
             elif self.training:
+                order = self.population.arrange(len(x_TD), sequence_length, key)
+                most = -(-order.num_tokens // self.num_experts)
                 affinity_NE = order.whole(coarse(logits_TE.detach()))
                 padding_N = None if padding_mask is None else order.whole(padding_mask)
                 expert_N = balanced_assignment(affinity_NE, padding_N, tolerance=self.tolerance)
@@ -130,5 +133,5 @@ class BaseRouter(Router):
             load_E=count_experts(expert_T1, self.num_experts),
             dropped_TK=torch.zeros_like(valid_T1),
             logits_TE=logits_TE,
-            most_per_expert=-(-order.num_tokens // self.num_experts) if self.training else None,
+            most_per_expert=most,
         )

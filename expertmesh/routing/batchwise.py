@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
+from expertmesh.routing.group_losses import DeviceBalanceLoss
 from expertmesh.routing.logits import wide_logits, without_padding
-from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.losses import (
+    BalanceLoss,
+    Evidence,
+    LoadBalancingLoss,
+    LoadLoss,
+    by_name,
+    check_names,
+)
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.picks import best_tokens, groups_of, rank_of, rows_of
 from expertmesh.routing.replay import recorded
@@ -21,7 +30,6 @@ from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.scope import Scope, check_scope
 from expertmesh.routing.selection import count_experts
-from expertmesh.routing.unscored import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +83,15 @@ class BatchwiseRouter(Router):
         num_experts: E.
         k: Experts per token on average; may be a fraction.
         scope: The tokens out of which experts choose in training.
-        losses: Balance losses; their names differ. Without a ``ThresholdLoss`` thresholds stay
-            where they start, at 1/E.
+        losses: Balance losses, none that counts k choices of each token; their names differ.
+            Without a ``ThresholdLoss`` thresholds stay where they start, at 1/E.
         init_std: Standard deviation of the initial weights.
         seed: Of the initial weights; None draws one from torch's generator.
         layer: Not looked at; every router has one.
 
     Raises:
-        ValueError: For a k outside (0, E]; and in training, where m rounds to zero.
+        ValueError: For a k outside (0, E], or a loss that does not fit; and in training, where m
+            rounds to zero.
     """
 
     def __init__(
@@ -104,9 +113,7 @@ class BatchwiseRouter(Router):
         if not 0 < k <= num_experts:
             raise UserError(f"k must be above 0 and at most num_experts={num_experts}, got {k}")
         check_scope("batchwise scope", scope)
-        names = [loss.name for loss in losses]
-        if len(set(names)) < len(names):
-            raise UserError(f"losses must have different names, got {names}; set name on each")
+        _check_losses(losses)
         self.dim, self.num_experts, self.layer = dim, num_experts, layer
         self.k, self.scope, self.init_std, self.losses = k, scope, init_std, tuple(losses)
         empty = partial(torch.empty, device=device, dtype=dtype)
@@ -154,7 +161,7 @@ class BatchwiseRouter(Router):
                 token_N, expert_NK = self._by_batch(score_TE, padding_mask, sequence_length, key)
             else:
                 token_N, expert_NK = None, self._by_threshold(score_TE, padding_mask)
-            weight_NK, mask_TE = self._weights(score_TE, token_N, expert_NK)
+            weight_NK, gate_TE, mask_TE = self._weights(score_TE, token_N, expert_NK)
             losses = {}
             if self.training and self.losses:
                 everyone_E = torch.arange(self.num_experts, device=x_TD.device)
@@ -162,16 +169,14 @@ class BatchwiseRouter(Router):
                     logits=NoisyLogits(logits_TE, logits_TE),
                     score_TE=score_TE,
                     chosen_TK=torch.where(mask_TE, everyone_E, self.num_experts),
-                    gate_TK=torch.where(mask_TE, score_TE, 0.0),
+                    gate_TK=gate_TE,
                     padding_mask=padding_mask,
                     sequence_length=sequence_length,
                     population=self.population,
                     key=key,
                     threshold_E=self.threshold_E.to(score_TE.dtype),
                 )
-                losses = {
-                    loss.name: self.population.for_training(loss(evidence)) for loss in self.losses
-                }
+                losses = by_name(self.losses, evidence)
         return Routing(
             num_experts=self.num_experts,
             expert_TK=expert_NK,
@@ -216,8 +221,8 @@ class BatchwiseRouter(Router):
 
     def _weights(
         self, score_TE: Tensor, token_N: Tensor | None, expert_NK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores over their sum for each token, and who serves whom, bool ``(T, E)``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores over their sum for each token, by choice and ``(T, E)``; who serves whom, bool."""
         num_tokens, num_experts = score_TE.shape
         if token_N is None:
             token_N = torch.arange(num_tokens, device=score_TE.device)
@@ -230,4 +235,15 @@ class BatchwiseRouter(Router):
         total_T1 = gate_TE.sum(dim=1, keepdim=True)
         gate_TE = gate_TE / total_T1.clamp_min(torch.finfo(gate_TE.dtype).tiny)
         weight_NK = gate_TE[token_NK, expert_NK.clamp_max(num_experts - 1)]
-        return torch.where(expert_NK < num_experts, weight_NK, 0.0), mask_TE
+        return torch.where(expert_NK < num_experts, weight_NK, 0.0), gate_TE, mask_TE
+
+
+def _check_losses(losses: Sequence[BalanceLoss]) -> None:
+    check_names(losses)
+    for loss in losses:
+        if isinstance(loss, LoadBalancingLoss | LoadLoss | DeviceBalanceLoss):
+            raise UserError(
+                f"{type(loss).__name__} counts k choices of each token, of which there are any "
+                "number here; leave it out: ThresholdLoss, ImportanceLoss, ZLoss and the losses on "
+                "entropy work"
+            )

@@ -105,6 +105,11 @@ class CosineRouter(TokenChoice):
         nn.init.zeros_(self.bias_P)
         nn.init.constant_(self.tau, -math.log(self.temperature))
 
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        return None if self.noise_std == 0 else "noise is drawn for each token; set noise_std=0"
+
     def _logits(self, x_TD: Tensor, draw: Draw) -> NoisyLogits:
         wide = wide_dtype(x_TD, self.proj_PD)
         x_TP = functional.linear(x_TD.to(wide), self.proj_PD.to(wide), self.bias_P.to(wide))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import wide_logits, without_padding
 from expertmesh.routing.picks import Groups, best_tokens, groups_of, rank_of, rows_of
@@ -17,7 +18,6 @@ from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.scope import Scope, check_scope
 from expertmesh.routing.selection import count_experts, top_k
-from expertmesh.routing.unscored import check_sizes
 
 _HOT, _COOLING = 30.0, 0.7
 

@@ -1,7 +1,8 @@
-"""Routers without a choice, for benchmarks: random, in turn, always the same."""
+"""Routers that look at places alone; for benchmarks: random, in turn, always the same."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import final
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey, label
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.selection import top_k
-from expertmesh.routing.unscored import check_sizes, unscored
+from expertmesh.routing.unscored import unscored
 
 _UNIFORM = label("uniform router")
 
@@ -47,7 +49,10 @@ class RouterByPlace(Router):
         sequence_length: int | None,
         key: RandomKey | None,
     ) -> Tensor:
-        """int64 ``(T, k)``: the experts of tokens whose content is not looked at."""
+        """int64 ``(T, k)``: the experts of tokens whose content is not looked at.
+
+        Not called where a recorded routing is carried out again.
+        """
 
     def forward(
         self,
@@ -61,7 +66,7 @@ class RouterByPlace(Router):
     ) -> Routing:
         """See ``Router.forward``; only the tokens' places are looked at."""
         return unscored(
-            self.choose(len(x_TD), x_TD.device, sequence_length, key),
+            partial(self.choose, len(x_TD), x_TD.device, sequence_length, key),
             self.num_experts,
             x_TD=x_TD,
             padding_mask=padding_mask,
@@ -76,6 +81,11 @@ class UniformRouter(RouterByPlace):
     The mean load is fair, a step's is that of a multinomial draw. In evaluation the draw depends on
     the token's place alone. Arguments are ``RouterByPlace``'s.
     """
+
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        return "experts are drawn, not chosen"
 
     def choose(
         self,

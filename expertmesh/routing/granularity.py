@@ -51,6 +51,11 @@ class PerSequence(Router):
         """See ``Router.leaks``."""
         return "a sequence is routed by the mean of all its tokens"
 
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        return self.router.draws
+
     def reset_parameters(self, seed: int) -> None:
         """Those of the wrapped router."""
         self.router.reset_parameters(random.fold(seed, "router"))
@@ -68,7 +73,7 @@ class PerSequence(Router):
         """See ``Router.forward``; ``token_ids`` are not looked at.
 
         Raises:
-            ValueError: Without sequences, or where ranks hold parts of one.
+            ValueError: Without sequences, where ranks hold parts of one, or where experts chose.
         """
         length = self._length(len(x_TD), sequence_length)
         valid_BL = _valid(x_TD, padding_mask).view(-1, length)
@@ -81,11 +86,7 @@ class PerSequence(Router):
             key=key,
             routing=None if routing is None else _first_rows(routing, valid_BL),
         )
-        if by_sequence.token_N is not None:
-            raise UserError(
-                f"PerSequence needs a router whose tokens choose; in {type(self.router).__name__} "
-                "experts do"
-            )
+        _check_tokens_chose(self, by_sequence)
         return _by_token(by_sequence, valid_BL)
 
     def _length(self, num_tokens: int, sequence_length: int | None) -> int:
@@ -116,14 +117,14 @@ class PerTask(Router):
     and losses count tokens, as without the wrapper: a task counts by its tokens.
 
     Args:
-        router: Any router whose tokens choose, without noise: noise is drawn per token and would
+        router: Any router whose tokens choose, none by chance: what is drawn for each token would
             part the tokens of a task.
         num_tasks: Task ids are from 0 to ``num_tasks - 1``.
         init_std: Standard deviation of the initial task vectors.
         seed: Of the initial task vectors; None draws one from torch's generator.
 
     Raises:
-        ValueError: If the router has noise, or ``num_tasks`` is not above 0.
+        ValueError: If the router ``draws``, or ``num_tasks`` is not above 0.
     """
 
     def __init__(
@@ -139,10 +140,10 @@ class PerTask(Router):
         super().__init__()
         if num_tasks < 1:
             raise UserError(f"num_tasks must be at least 1, got {num_tasks}")
-        if getattr(router, "noise", None) is not None:
+        if router.draws is not None:
             raise UserError(
-                "PerTask needs a router without noise, which would part the tokens of a task; "
-                "set noise=None"
+                "PerTask needs a router without chance, which would part the tokens of a task; in "
+                f"{type(router).__name__} {router.draws}"
             )
         self.router = router
         self.dim, self.num_experts, self.layer = router.dim, router.num_experts, router.layer
@@ -177,7 +178,7 @@ class PerTask(Router):
         """See ``Router.forward``; of ``x_TD`` only the number of tokens is looked at.
 
         Raises:
-            ValueError: Without task ids, or for one that is not in the table.
+            ValueError: Without task ids, for one that is not in the table, or where experts chose.
         """
         task_T = self._tasks(token_ids, padding_mask)
         self.router.population = self.population
@@ -188,6 +189,7 @@ class PerTask(Router):
             key=key,
             routing=routing,
         )
+        _check_tokens_chose(self, decided)
         return decided
 
     def _tasks(self, token_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
@@ -204,6 +206,14 @@ class PerTask(Router):
                     f"{low} to {high}; raise num_tasks"
                 )
         return token_ids
+
+
+def _check_tokens_chose(wrapper: "PerSequence | PerTask", routing: Routing) -> None:
+    if routing.token_N is not None:
+        raise UserError(
+            f"{type(wrapper).__name__} needs a router whose tokens choose; in "
+            f"{type(wrapper.router).__name__} experts do"
+        )
 
 
 def _with_scope(router: Router) -> list[tuple[str, Any]]:
@@ -228,8 +238,9 @@ def _mean(x_TD: Tensor, valid_BL: Tensor) -> Tensor:
 
 
 def _first_rows(routing: Routing, valid_BL: Tensor) -> Routing:
-    """A recorded routing's row of each sequence's first valid token."""
+    """A recorded routing's row of each sequence's first valid token: what ``_by_token`` spread."""
     first_B = valid_BL.to(torch.int8).argmax(dim=1)
+    most = routing.most_per_expert
     row_B = torch.arange(len(valid_BL), device=first_B.device) * valid_BL.shape[1] + first_B
     return dataclasses.replace(
         routing,
@@ -238,6 +249,7 @@ def _first_rows(routing: Routing, valid_BL: Tensor) -> Routing:
         chosen_TK=routing.chosen_TK[row_B],
         dropped_TK=routing.dropped_TK[row_B],
         logits_TE=None,
+        most_per_expert=None if most is None else most // valid_BL.shape[1],
     )
 
 

@@ -31,7 +31,7 @@ class GroupLimit:
         Raises:
             ValueError: Naming them.
         """
-        if num_experts % self.num_groups:
+        if self.num_groups < 1 or num_experts % self.num_groups:
             raise UserError(
                 f"num_experts must be a multiple of num_groups={self.num_groups}, got {num_experts}"
             )

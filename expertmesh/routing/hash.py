@@ -8,10 +8,11 @@ from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.population import Alone, Arrangement
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
-from expertmesh.routing.unscored import check_sizes, unscored
+from expertmesh.routing.unscored import unscored
 
 
 @final
@@ -26,9 +27,9 @@ class HashRouter(Router):
         num_experts: E.
         table: int64 ``(V,)``, values in [0, E): the expert of each id.
         by: What is looked up: the ``"token"`` itself; the ``"previous"`` token of its sequence, for
-            which the first one takes itself; its ``"position"`` in the sequence. The last two need
-            whole sequences: decoding with a key-value cache shows a router one token at a time,
-            which it would take for the first.
+            which the first one, and one behind padding, takes itself; its ``"position"`` in the
+            sequence. The last two need whole sequences: decoding with a key-value cache shows a
+            router one token at a time, which it would take for the first.
         layer: Not looked at; every router has one.
 
     Raises:
@@ -91,13 +92,13 @@ class HashRouter(Router):
         routing: Routing | None = None,
     ) -> Routing:
         """See ``Router.forward``; ``x_TD`` is looked at for its shape only."""
-        if routing is not None:
-            expert_T1 = routing.expert_TK
-        else:
+
+        def look_up() -> Tensor:
             id_T = self._ids(len(x_TD), x_TD.device, token_ids, padding_mask, sequence_length, key)
-            expert_T1 = self.table_V[id_T][:, None]
+            return self.table_V[id_T][:, None]
+
         return unscored(
-            expert_T1, self.num_experts, x_TD=x_TD, padding_mask=padding_mask, routing=routing
+            look_up, self.num_experts, x_TD=x_TD, padding_mask=padding_mask, routing=routing
         )
 
     def _ids(
@@ -122,7 +123,7 @@ class HashRouter(Router):
             whole_here = self.population.ranks_per_sequence == 1
             population = Alone() if whole_here else self.population
             order = population.arrange(num_tokens, sequence_length, key)
-            token_ids = _LOOKED_UP[self.by](token_ids, order)
+            token_ids = _LOOKED_UP[self.by](token_ids, padding_mask, order)
         self._check(token_ids)
         return token_ids
 
@@ -138,17 +139,19 @@ class HashRouter(Router):
             )
 
 
-def _itself(token_T: Tensor, order: Arrangement) -> Tensor:
+def _itself(token_T: Tensor, padding_mask: Tensor | None, order: Arrangement) -> Tensor:
     return token_T
 
 
-def _previous(token_T: Tensor, order: Arrangement) -> Tensor:
+def _previous(token_T: Tensor, padding_mask: Tensor | None, order: Arrangement) -> Tensor:
     token_N = order.whole(token_T)
-    before_N = torch.cat([token_N[:1], token_N[:-1]])
-    return order.own(torch.where(_position(order, token_T.device) == 0, token_N, before_N))
+    first_N = _position(order, token_T.device) == 0
+    if padding_mask is not None:
+        first_N = first_N | order.whole(padding_mask).roll(1)
+    return order.own(torch.where(first_N, token_N, token_N.roll(1)))
 
 
-def _own_position(token_T: Tensor, order: Arrangement) -> Tensor:
+def _own_position(token_T: Tensor, padding_mask: Tensor | None, order: Arrangement) -> Tensor:
     return order.own(_position(order, token_T.device))
 
 
@@ -157,7 +160,7 @@ def _position(order: Arrangement, device: torch.device) -> Tensor:
     return torch.arange(order.num_tokens, device=device) % max(length, 1)
 
 
-_LOOKED_UP: dict[str, Callable[[Tensor, Arrangement], Tensor]] = {
+_LOOKED_UP: dict[str, Callable[[Tensor, Tensor | None, Arrangement], Tensor]] = {
     "token": _itself,
     "previous": _previous,
     "position": _own_position,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_option, check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.logits import wide_dtype, without_padding
@@ -18,7 +19,10 @@ from expertmesh.routing.losses import (
     BalanceLoss,
     Evidence,
     LoadLoss,
+    Variance,
     ZLoss,
+    by_name,
+    check_names,
     smooth_load,
     squared_cv,
 )
@@ -28,7 +32,6 @@ from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.scope import Scope, check_scope
 from expertmesh.routing.selection import count_experts, top_k
-from expertmesh.routing.unscored import check_sizes
 
 _SECONDARY = random.label("secondary gating")
 
@@ -73,18 +76,19 @@ class HierarchicalLoadLoss(BalanceLoss):
 
     Attributes:
         coef: What multiplies it.
-        variance: See ``squared_cv``.
+        variance: See ``Variance``.
         scope: The tokens of one statistic.
         name: Its key in ``Routing.losses``.
     """
 
     coef: float
-    variance: Literal["population", "unbiased"] = "population"
+    variance: Variance = "population"
     scope: Scope = "micro_batch"
     name: str = "load"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_option("load loss variance", self.variance, get_args(Variance))
         check_scope("load loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -176,6 +180,13 @@ class HierarchicalRouter(Router):
         if not self.weight_ED.is_meta:
             self.reset_parameters(random.fresh_seed() if seed is None else seed)
 
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        if self.primary_noise is None and self.secondary_noise is None:
+            return None
+        return "noise is drawn for each token; set primary_noise=None and secondary_noise=None"
+
     def reset_parameters(self, seed: int) -> None:
         """Draw both levels' weights from N(0, init_std^2), bounded at two standard deviations."""
         for name, weight in (("primary", self.weight_GD), ("secondary", self.weight_ED)):
@@ -206,10 +217,11 @@ class HierarchicalRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             levels = self._levels(x_TD, key)
             if routing is None:
-                expert_TK = self._choose(levels, padding_mask)
+                expert_TK = chosen_TK = self._choose(levels, padding_mask)
             else:
-                expert_TK = recorded(routing, self.num_experts).chosen_TK
-            gate_TK = self._gates(levels, expert_TK)
+                routing = recorded(routing, self.num_experts)
+                expert_TK, chosen_TK = routing.expert_TK, routing.chosen_TK
+            gate_TK = self._gates(levels, chosen_TK)
             logits_TE = levels.joint("clean_TE", self.num_groups)
             losses = {}
             if self.training and self.losses:
@@ -217,7 +229,7 @@ class HierarchicalRouter(Router):
                 evidence = TwoLevelEvidence(
                     logits=NoisyLogits(logits_TE, noisy_TE),
                     score_TE=noisy_TE.exp(),
-                    chosen_TK=expert_TK,
+                    chosen_TK=chosen_TK,
                     gate_TK=gate_TK,
                     padding_mask=padding_mask,
                     sequence_length=sequence_length,
@@ -228,14 +240,12 @@ class HierarchicalRouter(Router):
                     k_groups=self.k_groups,
                     k_each=self.k_each,
                 )
-                losses = {
-                    loss.name: self.population.for_training(loss(evidence)) for loss in self.losses
-                }
+                losses = by_name(self.losses, evidence)
         return Routing(
             num_experts=self.num_experts,
             expert_TK=expert_TK,
-            weight_TK=gate_TK,
-            chosen_TK=expert_TK,
+            weight_TK=torch.where(expert_TK < self.num_experts, gate_TK, 0.0),
+            chosen_TK=chosen_TK,
             load_E=count_experts(expert_TK, self.num_experts),
             dropped_TK=torch.zeros_like(expert_TK, dtype=torch.bool),
             logits_TE=logits_TE,
@@ -315,6 +325,4 @@ def _check(
                 f"{type(loss).__name__} is for logits of one level; leave it out, or use "
                 "HierarchicalLoadLoss for the load"
             )
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise UserError(f"losses must have different names, got {names}; set name on each")
+    check_names(losses)

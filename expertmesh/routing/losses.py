@@ -6,16 +6,17 @@ form is meant.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from expertmesh.errors import UserError, nearest
+from expertmesh.errors import UserError
 from expertmesh.kernels.router import counts, router_balance, router_z
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_option
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.population import Alone, Population
 from expertmesh.routing.scope import Scope, check_scope, scope_size
@@ -130,6 +131,22 @@ class BalanceLoss(ABC):
         """The loss with its coefficient, a scalar; 0 without tokens."""
 
 
+def check_names(losses: Sequence[BalanceLoss]) -> None:
+    """Refuse losses of one name, of which ``Routing.losses`` would keep the last.
+
+    Raises:
+        ValueError: With the names.
+    """
+    names = [loss.name for loss in losses]
+    if len(set(names)) < len(names):
+        raise UserError(f"losses must have different names, got {names}; set name on each")
+
+
+def by_name(losses: Sequence[BalanceLoss], evidence: Evidence) -> dict[str, Tensor]:
+    """``Routing.losses``: each loss's value, with the gradient that its population asks for."""
+    return {loss.name: evidence.population.for_training(loss(evidence)) for loss in losses}
+
+
 def _product(evidence: Evidence, chosen_TK: Tensor, scope: Scope) -> Tensor:
     """sum_e f_e P_e for each group, f_e the choices of e per token."""
     if evidence.is_whole and scope in ("micro_batch", "sequence") and counts(evidence.score_TE):
@@ -206,11 +223,7 @@ class LoadBalancingLoss(BalanceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in FORMS:
-            raise UserError(
-                f"balance loss form must be one of {', '.join(FORMS)}, got {self.form!r}"
-                + nearest(self.form, FORMS)
-            )
+        check_option("balance loss form", self.form, FORMS)
         check_scope("balance loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -219,12 +232,16 @@ class LoadBalancingLoss(BalanceLoss):
         return self.coef * factor * evidence.mean(value_G, self.scope)
 
 
-def squared_cv(value_GE: Tensor, variance: Literal["population", "unbiased"]) -> Tensor:
+Variance = Literal["population", "unbiased"]
+"""``"population"`` divides by E (tensor2tensor), ``"unbiased"`` by E - 1 (Tutel)."""
+
+
+def squared_cv(value_GE: Tensor, variance: Variance) -> Tensor:
     """Squared coefficient of variation along the last dim: variance / mean^2.
 
     Args:
         value_GE: ``(groups, E)``.
-        variance: ``"population"`` divides by E (tensor2tensor), ``"unbiased"`` by E - 1 (Tutel).
+        variance: See ``Variance``.
 
     Returns:
         ``(groups,)``; 0 for one expert.
@@ -246,16 +263,22 @@ class ImportanceLoss(BalanceLoss):
     Attributes:
         coef: What multiplies it.
         of: ``"gates"``, the weights of chosen experts (Shazeer), or ``"probabilities"`` (V-MoE).
-        variance: See ``squared_cv``.
+        variance: See ``Variance``.
         scope: The tokens of one statistic.
         name: Its key in ``Routing.losses``.
     """
 
     coef: float
     of: Literal["gates", "probabilities"] = "gates"
-    variance: Literal["population", "unbiased"] = "population"
+    variance: Variance = "population"
     scope: Scope = "micro_batch"
     name: str = "importance"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option("importance loss of", self.of, ("gates", "probabilities"))
+        check_option("importance loss variance", self.variance, get_args(Variance))
+        check_scope("importance loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         if self.of == "gates":
@@ -301,15 +324,20 @@ class LoadLoss(BalanceLoss):
 
     Attributes:
         coef: What multiplies it.
-        variance: See ``squared_cv``.
+        variance: See ``Variance``.
         scope: The tokens of one statistic.
         name: Its key in ``Routing.losses``.
     """
 
     coef: float
-    variance: Literal["population", "unbiased"] = "population"
+    variance: Variance = "population"
     scope: Scope = "micro_batch"
     name: str = "load"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option("load loss variance", self.variance, get_args(Variance))
+        check_scope("load loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         load_GE = evidence.total(smooth_load(evidence.logits, evidence.k), self.scope)

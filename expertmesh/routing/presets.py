@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from expertmesh.errors import UserError, nearest
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.checks import from_table
 from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.losses import (
     BalanceLoss,
@@ -339,8 +341,12 @@ def named_capacity(preset: str, name: str) -> Capacity:
     return known[name]
 
 
+_BALANCE = (LoadBalancingLoss, ImportanceLoss, LoadLoss)
+
+
 def router_preset(
     name: str,
+    /,
     *,
     dim: int,
     num_experts: int,
@@ -356,10 +362,11 @@ def router_preset(
         name: A key of ``ROUTER_PRESETS``.
         dim: D.
         num_experts: E.
-        balance_coef: Coefficient of the balance loss in place of the preset's; 0 leaves it out.
+        balance_coef: Coefficient of the balance loss in place of the preset's (V-MoE has two, which
+            both get it); 0 leaves it out.
         z_coef: Likewise for the z-loss; it may be added to presets without one.
         bias_rate: Gives the router a selection bias of this rate, in place of the preset's.
-        device: Where to make the parameters.
+        device: Where to make parameters and buffers.
         overrides: Any argument of ``TopKRouter``, in place of the preset's. ``capacity`` and
             ``group_limit`` may be given as a table of fields, which change the preset's, and
             the capacities of ``openmoe`` by their names.
@@ -375,8 +382,10 @@ def router_preset(
             f"router must be one of {', '.join(ROUTER_PRESETS)}, got {name!r}"
             + nearest(name, ROUTER_PRESETS)
         )
-    options = ROUTER_PRESETS[name](dim, num_experts)
-    known = inspect.signature(TopKRouter).parameters.keys() - {"dim", "num_experts", "device"}
+    with nullcontext() if device is None else torch.device(device):
+        options = ROUTER_PRESETS[name](dim, num_experts)
+    known = {*inspect.signature(TopKRouter).parameters, "balance_coef", "z_coef", "bias_rate"}
+    known -= {"dim", "num_experts", "device"}
     for option in overrides:
         if option not in known:
             raise UserError(
@@ -388,29 +397,30 @@ def router_preset(
     for option, kind in (("capacity", Capacity), ("group_limit", GroupLimit)):
         table = overrides.get(option)
         if isinstance(table, Mapping):
-            preset = options.get(option)
-            made = kind(**table) if preset is None else dataclasses.replace(preset, **table)
-            overrides[option] = made
+            overrides[option] = from_table(option, table, kind, options.get(option))
     options |= overrides
     if bias_rate is not None:
-        options["bias"] = SelectionBias(num_experts, bias_rate)
+        options["bias"] = SelectionBias(num_experts, bias_rate, device=device)
     losses = options.get("losses", ())
-    losses = _with_coef(losses, LoadBalancingLoss, balance_coef)
-    options["losses"] = _with_coef(losses, ZLoss, z_coef)
+    losses = _with_coef(losses, _BALANCE, balance_coef)
+    options["losses"] = _with_coef(losses, (ZLoss,), z_coef)
     return TopKRouter(dim, num_experts, device=device, **options)
 
 
 def _with_coef(
     losses: tuple[BalanceLoss, ...],
-    kind: type[LoadBalancingLoss] | type[ZLoss],
+    kinds: tuple[type[LoadBalancingLoss | ImportanceLoss | LoadLoss | ZLoss], ...],
     coef: float | None,
 ) -> tuple[BalanceLoss, ...]:
-    """The losses with one kind's coefficient set, added or (at 0) left out."""
+    """The losses with the coefficient of these kinds set.
+
+    One of the first kind is added where there is none; those of coefficient 0 are left out.
+    """
     if coef is None:
         return losses
     changed = tuple(
-        dataclasses.replace(loss, coef=coef) if isinstance(loss, kind) else loss for loss in losses
+        dataclasses.replace(loss, coef=coef) if isinstance(loss, kinds) else loss for loss in losses
     )
-    if not any(isinstance(loss, kind) for loss in losses):
-        changed = (*losses, kind(coef=coef))
+    if not any(isinstance(loss, kinds) for loss in losses):
+        changed = (*losses, kinds[0](coef=coef))
     return tuple(loss for loss in changed if loss.coef != 0)

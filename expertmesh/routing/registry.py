@@ -3,6 +3,7 @@
 A new router is its own file, a function here that makes it, and a line in ``FAMILIES``.
 """
 
+import dataclasses
 import inspect
 import math
 import types
@@ -16,6 +17,7 @@ from expertmesh.errors import UserError, nearest
 from expertmesh.routing.base_layers import BaseRouter
 from expertmesh.routing.batchwise import BatchwiseRouter, ThresholdLoss
 from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.checks import from_table
 from expertmesh.routing.cosine import CosineRouter
 from expertmesh.routing.entropy import GlobalEntropyLoss, LocalEntropyLoss
 from expertmesh.routing.expert_choice import ExpertChoiceRouter, TokenCap
@@ -141,7 +143,7 @@ def _cosine(
         proj_dim=proj_dim,
         temperature=temperature,
         noise_std=noise_std,
-        capacity=None if capacity is None else Capacity(**capacity),
+        capacity=None if capacity is None else from_table("capacity", capacity, Capacity),
         losses=(LoadBalancingLoss(coef=balance_coef),) if balance_coef else (),
         init_std=init_std,
         seed=0,
@@ -246,7 +248,7 @@ def _fixed(site: RouterSite) -> Router:
     return FixedRouter(site.dim, site.num_experts, range(site.k), layer=site.layer)
 
 
-def _preset(name: str, site: RouterSite, **options: Any) -> Router:
+def _preset(name: str, site: RouterSite, options: Mapping[str, Any]) -> Router:
     return router_preset(
         name,
         dim=site.dim,
@@ -285,6 +287,9 @@ def router_names() -> tuple[str, ...]:
     return (*ROUTER_PRESETS, *FAMILIES)
 
 
+_OF_THE_SITE = (*(field.name for field in dataclasses.fields(RouterSite)), "seed")
+
+
 def build_router(name: str, site: RouterSite, options: Mapping[str, Any]) -> Router:
     """A router by its name.
 
@@ -295,15 +300,22 @@ def build_router(name: str, site: RouterSite, options: Mapping[str, Any]) -> Rou
             as ``router_options`` lists them.
 
     Raises:
-        ValueError: For an unknown name or option, with the nearest match, or a wrong value.
+        ValueError: For an unknown name or option, with the nearest match, for one that the site
+            says, or a wrong value.
     """
-    if name in ROUTER_PRESETS:
-        return _preset(name, site, **options)
-    if name not in FAMILIES:
-        names = router_names()
+    names = router_names()
+    if name not in names:
         raise UserError(
             f"router must be one of {', '.join(names)}, got {name!r}" + nearest(name, names)
         )
+    for option in options:
+        if option in _OF_THE_SITE:
+            raise UserError(
+                f"router option {option!r} of {name!r} is not to be set here: the model says the "
+                f"router's {', '.join(_OF_THE_SITE)}; leave it out"
+            )
+    if name in ROUTER_PRESETS:
+        return _preset(name, site, options)
     known = router_options(name)
     for option, value in options.items():
         if option not in known:

@@ -36,6 +36,14 @@ class Router(nn.Module, ABC):
         """
         return None
 
+    @property
+    def draws(self) -> str | None:
+        """Why equal tokens may be routed apart by random numbers, and what stops it; or None.
+
+        A capacity, for which tokens compete, is no part of it.
+        """
+        return None
+
     @abstractmethod
     def forward(
         self,

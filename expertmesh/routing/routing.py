@@ -15,7 +15,7 @@ class Routing:
 
     Where tokens choose, row t of the tables is token t. Where experts choose, a token may be taken
     by any number of them: then there are N rows of one choice each, and ``token_N`` says whose
-    they are; N stands for T in the shapes below.
+    they are; N stands for T in the shapes below, the logits' excepted.
 
     Attributes:
         num_experts: E.
@@ -41,6 +41,13 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     most_per_expert: int | None = None
     token_N: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """T; None where experts chose and there are no logits, which alone would tell."""
+        if self.token_N is None:
+            return len(self.expert_TK)
+        return None if self.logits_TE is None else len(self.logits_TE)
 
     @property
     def num_dropped(self) -> Tensor:

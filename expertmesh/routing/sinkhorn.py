@@ -1,6 +1,7 @@
 """Sinkhorn routing: choices evened out by rescaling, without a loss."""
 
 from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +9,15 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import wide_logits, without_padding
-from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.losses import BalanceLoss, Evidence, by_name, check_names
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.selection import count_experts, top_k
-from expertmesh.routing.unscored import check_sizes
 
 
 def sinkhorn_offsets(logits_NE: Tensor, rounds: int, padding_mask: Tensor | None = None) -> Tensor:
@@ -46,6 +47,7 @@ def sinkhorn_offsets(logits_NE: Tensor, rounds: int, padding_mask: Tensor | None
     return column_E.nan_to_num(posinf=0.0)
 
 
+@final
 class SinkhornRouter(Router):
     """Top-k of a Sinkhorn-balanced matrix in training, top-k of the scores in evaluation.
 
@@ -67,7 +69,7 @@ class SinkhornRouter(Router):
         num_experts: E.
         k: Experts per token.
         rounds: Times that rows and columns are scaled in training.
-        losses: Losses besides, for example ``ZLoss``.
+        losses: Losses besides, for example ``ZLoss``; their names differ.
         init_std: Standard deviation of the initial weights.
         seed: Of the initial weights; None draws one from torch's generator.
         layer: Index of the layer.
@@ -92,6 +94,7 @@ class SinkhornRouter(Router):
     ) -> None:
         super().__init__()
         check_sizes(dim, num_experts, k)
+        check_names(losses)
         if rounds < 1:
             raise UserError(f"rounds must be at least 1, got {rounds}")
         self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
@@ -131,7 +134,7 @@ class SinkhornRouter(Router):
             if routing is None:
                 chosen_TK = self._choose(logits_TE, padding_mask, sequence_length, key)
             else:
-                chosen_TK = recorded(routing, self.num_experts).chosen_TK
+                chosen_TK = recorded(routing, self.num_experts).expert_TK
             score_TK = score_TE.gather(1, chosen_TK.clamp_max(self.num_experts - 1))
             weight_TK = torch.where(chosen_TK < self.num_experts, score_TK, 0.0)
             losses = {}
@@ -146,9 +149,7 @@ class SinkhornRouter(Router):
                     population=self.population,
                     key=key,
                 )
-                losses = {
-                    loss.name: self.population.for_training(loss(evidence)) for loss in self.losses
-                }
+                losses = by_name(self.losses, evidence)
         return Routing(
             num_experts=self.num_experts,
             expert_TK=chosen_TK,

@@ -8,17 +8,15 @@ from torch import Tensor
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey, label
 from expertmesh.routing.draw import Draw
-from expertmesh.routing.router import Router
-from expertmesh.routing.routing import Routing
+from expertmesh.routing.fixed import RouterByPlace
 from expertmesh.routing.scope import scope_size
-from expertmesh.routing.unscored import check_sizes, unscored
 
 _BATCH = label("thor batch")
 _TOKEN = label("thor token")
 
 
 @final
-class ThorRouter(Router):
+class ThorRouter(RouterByPlace):
     """One expert at random; weight 1, no gate, no capacity, no balance loss (arXiv 2110.04260).
 
     In training one expert serves the whole micro-batch, drawn anew in every forward pass and layer
@@ -46,34 +44,26 @@ class ThorRouter(Router):
         evaluation: Literal["token", "sequence"] = "token",
         layer: int = 0,
     ) -> None:
-        super().__init__()
-        check_sizes(dim, num_experts)
+        super().__init__(dim, num_experts, 1, layer=layer)
         if evaluation not in ("token", "sequence"):
             raise UserError(f"evaluation must be 'token' or 'sequence', got {evaluation!r}")
-        self.dim, self.num_experts, self.k, self.layer = dim, num_experts, 1, layer
         self.evaluation = evaluation
 
-    def reset_parameters(self, seed: int) -> None:
-        """There are none."""
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        return "experts are drawn, not chosen"
 
-    def forward(
+    def choose(
         self,
-        x_TD: Tensor,
-        *,
-        token_ids: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        sequence_length: int | None = None,
-        key: RandomKey | None = None,
-        routing: Routing | None = None,
-    ) -> Routing:
-        """See ``Router.forward``; only the tokens' places are looked at."""
+        num_tokens: int,
+        device: torch.device,
+        sequence_length: int | None,
+        key: RandomKey | None,
+    ) -> Tensor:
         if self.training:
-            expert_T1 = self._of_batch(key, x_TD.device).expand(len(x_TD), 1)
-        else:
-            expert_T1 = self._of_each(len(x_TD), x_TD.device, sequence_length, key)
-        return unscored(
-            expert_T1, self.num_experts, x_TD=x_TD, padding_mask=padding_mask, routing=routing
-        )
+            return self._of_batch(key, device).expand(num_tokens, 1)
+        return self._of_each(num_tokens, device, sequence_length, key)
 
     def _of_batch(self, key: RandomKey | None, device: torch.device) -> Tensor:
         """``(1, 1)``: the expert of a training pass, the same on all ranks."""

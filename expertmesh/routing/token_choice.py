@@ -12,18 +12,19 @@ from expertmesh.kernels.router import router_choose, router_gates, router_select
 from expertmesh.random import RandomKey
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.logits import without_padding
-from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.losses import BalanceLoss, Evidence, by_name, check_names
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.population import Alone, Arrangement
 from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
 from expertmesh.routing.sampling import SAMPLINGS, Sampling
-from expertmesh.routing.second_choice import SkipRule
+from expertmesh.routing.second_choice import RandomSecond, SkipRule
 from expertmesh.routing.selection import count_experts, top_k
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -108,6 +109,15 @@ class TokenChoice(Router):
         """See ``Router.leaks``; only a capacity can leak, by the order in which it is given out."""
         return None if self.capacity is None else self.capacity.leaks(self.k)
 
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        if self.sampling != "no":
+            return "choices are drawn for each token; set sampling='no'"
+        if isinstance(self.skip, RandomSecond):
+            return "later choices are kept by chance for each token; set skip=None"
+        return None
+
     def extra_repr(self) -> str:
         """What sets this router apart."""
         return (
@@ -155,9 +165,7 @@ class TokenChoice(Router):
                     population=self.population,
                     key=key,
                 )
-                losses = {
-                    loss.name: self.population.for_training(loss(evidence)) for loss in self.losses
-                }
+                losses = by_name(self.losses, evidence)
         if self.bias is not None:
             self.bias.count(chosen_TK)
         return Routing(
@@ -287,14 +295,7 @@ def _check(
     renormalize: str,
     losses: Sequence[BalanceLoss],
 ) -> None:
-    for field, value in (("dim", dim), ("num_experts", num_experts)):
-        if value < 1:
-            raise UserError(f"{field} must be at least 1, got {value}")
-    if not 1 <= k <= num_experts:
-        raise UserError(
-            f"k must be between 1 and num_experts={num_experts}, got {k}; "
-            f"set k <= {num_experts} or raise num_experts"
-        )
+    check_sizes(dim, num_experts, k)
     if score not in SCORES:
         raise UserError(
             f"score must be one of {', '.join(SCORES)}, got {score!r}" + nearest(score, SCORES)
@@ -306,9 +307,7 @@ def _check(
             f"renormalize={renormalize!r} with k=1 makes every weight 1, so the router gets no "
             "gradient from the task; set renormalize='no' or k >= 2"
         )
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise UserError(f"losses must have different names, got {names}; set name on each")
+    check_names(losses)
 
 
 def _check_sampling(

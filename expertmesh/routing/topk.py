@@ -117,6 +117,13 @@ class TopKRouter(TokenChoice):
         if self.bias is not None:
             self.bias.reset_parameters()
 
+    @property
+    def draws(self) -> str | None:
+        """See ``Router.draws``."""
+        if self.noise is not None:
+            return "noise is drawn for each token; set noise=None"
+        return super().draws
+
     def _fused(self, x_TD: Tensor) -> bool:
         return serves(x_TD, self.weight_ED)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from expertmesh.layer import moe_layers
 from expertmesh.parallel.agreement import Agreement
 from expertmesh.routing import Routing
+from expertmesh.uncompiled import uncompiled
 
 MOST_IDS = 256
 """Token ids whose favourite expert is written down: the most frequent ones."""
@@ -75,7 +76,7 @@ class FirstChoices:
 
     def _counter(self, name: str) -> Any:
         # What a compiled model has traced once it would not look up again.
-        @torch.compiler.disable
+        @uncompiled
         def count(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing
         ) -> None:

@@ -1,6 +1,8 @@
+import pytest
 import torch
+from torch import Tensor, nn
 
-from expertmesh.experts import GatedMLPExperts, MLPExperts
+from expertmesh.experts import GatedMLPExperts, MLPExperts, ModuleExperts
 from expertmesh.experts.scaled_input import ScaledInputExperts
 from expertmesh.layer import MoE
 from expertmesh.parallel.fsdp import parallelize
@@ -57,6 +59,40 @@ def test_dtypes_and_no_rows() -> None:
     experts.reset_parameters(1)
     again = MLPExperts(DIM, 4, E, seed=1, dtype=torch.bfloat16)
     assert torch.equal(experts.experts.up, again.up)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_rows_of_any_number_of_choices(k: int) -> None:
+    experts = ScaledInputExperts(MLPExperts(DIM, 4, E, seed=0))
+    x = torch.zeros(0, DIM, requires_grad=True)
+    y = experts(x, torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k))
+    assert y.shape == (0, DIM)
+    y.sum().backward()
+    assert all((p.grad == 0).all() for p in experts.parameters())
+
+
+class Scale(nn.Module):
+    """Parameter-free: half of the rows, by a buffer or by a number."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        if buffer:
+            self.register_buffer("factor", torch.tensor(0.5))
+        else:
+            self.factor = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() * self.factor
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_experts_without_parameters(buffer: bool) -> None:
+    experts = ScaledInputExperts(ModuleExperts(lambda: Scale(buffer), E, dim=DIM))
+    x = torch.randn(3, DIM)
+    weight = torch.tensor([[0.5], [2.0], [3.0]])
+    y = experts(x, torch.tensor([[0], [E - 1], [E]]), weight)
+    assert_close("output", y[:2], (weight * x).relu()[:2] / 2)
+    assert (y[2] == 0).all()
 
 
 def outputs(part: slice = slice(None), mesh: Mesh | None = None) -> torch.Tensor:

@@ -54,6 +54,17 @@ def test_centroids_start_orthogonal(dim, num_experts):
     torch.testing.assert_close(gram, 0.01 * torch.eye(len(gram), dtype=torch.float64))
 
 
+def test_replay_has_the_bound_of_the_record_in_either_mode():
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    router = BaseRouter(6, 4, seed=0)
+    tight, loose = router.train()(x), router.eval()(x)
+    assert (tight.most_per_expert, loose.most_per_expert) == (3, None)
+    for training in (True, False):
+        router.train(training)
+        assert router(x, routing=tight).most_per_expert == 3
+        assert router(x, routing=loose).most_per_expert is None
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="tolerance must be in"):
         BaseRouter(4, 4, tolerance=0)

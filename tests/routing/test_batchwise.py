@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from expertmesh.routing import BatchwiseRouter, ThresholdLoss
+from expertmesh.routing import (
+    BatchwiseRouter,
+    DeviceBalanceLoss,
+    GlobalEntropyLoss,
+    ImportanceLoss,
+    LoadBalancingLoss,
+    LoadLoss,
+    LocalEntropyLoss,
+    ThresholdLoss,
+    ZLoss,
+)
+from expertmesh.routing.losses import squared_cv
 
 X = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -68,6 +79,27 @@ def test_thresholds_learn_to_choose_as_many_tokens():
         optimizer.step()
     load = router.eval()(x).load_E
     assert load.tolist() == pytest.approx([200] * 4, abs=10)
+
+
+def test_importance_is_that_of_the_combine_weights():
+    router = identity(losses=(ImportanceLoss(coef=1.0),))
+    routing = router(X)
+    expected = squared_cv(table(routing).sum(0)[None], "population")[0]
+    assert expected > 1e-3
+    torch.testing.assert_close(routing.losses["importance"], expected)
+    every = (ThresholdLoss(), ImportanceLoss(coef=1.0), ZLoss(coef=1.0))
+    every += (LocalEntropyLoss(coef=1.0), GlobalEntropyLoss(coef=1.0))
+    assert all(loss.isfinite() for loss in identity(losses=every)(X).losses.values())
+
+
+def test_losses_on_k_choices_of_a_token_are_refused():
+    for loss in (
+        LoadBalancingLoss(coef=1.0),
+        LoadLoss(coef=1.0),
+        DeviceBalanceLoss(coef=1.0, num_groups=2),
+    ):
+        with pytest.raises(ValueError, match=f"{type(loss).__name__} counts k .* ImportanceLoss"):
+            identity(losses=(loss,))
 
 
 def test_bad_input():

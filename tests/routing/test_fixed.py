@@ -41,3 +41,12 @@ def test_bad_input():
     for experts in ((), (0, 0), (4,), (-1,)):
         with pytest.raises(ValueError, match="different numbers from 0 to 3"):
             FixedRouter(3, 4, experts)
+
+
+@pytest.mark.parametrize("router", [UniformRouter(3, 4, 3), RoundRobinRouter(3, 4, 3)])
+def test_weights_are_as_wide_as_the_tokens(router):
+    assert (router(X).weight_TK == torch.tensor(1 / 3)).all()
+    weight_TK = router(X.double(), padding_mask=torch.arange(7) == 2).weight_TK
+    assert weight_TK.dtype == torch.float64
+    assert (weight_TK[2] == 0).all()
+    assert (weight_TK[torch.arange(7) != 2] == 1 / 3).all()

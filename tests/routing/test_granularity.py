@@ -7,7 +7,20 @@ from expertmesh.layer import MoE
 from expertmesh.parallel.fsdp import parallelize
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.random import RandomKey, normal
-from expertmesh.routing import Capacity, LoadBalancingLoss, NormalNoise, TopKRouter
+from expertmesh.routing import (
+    BatchwiseRouter,
+    Capacity,
+    CosineRouter,
+    ExpertChoiceRouter,
+    HierarchicalRouter,
+    LoadBalancingLoss,
+    NormalNoise,
+    RandomSecond,
+    ThorRouter,
+    ThresholdSecond,
+    TopKRouter,
+    UniformRouter,
+)
 from expertmesh.routing.granularity import PerSequence, PerTask
 from expertmesh.testing import assert_close, run_on_ranks
 
@@ -91,6 +104,7 @@ def test_replay_takes_ids_and_computes_weights():
     again = routed(router, x, padding_mask=mask, routing=recorded)
     assert torch.equal(again.expert_TK, recorded.expert_TK)
     assert torch.equal(again.load_E, recorded.load_E)
+    assert again.most_per_expert == recorded.most_per_expert == 3
     assert not torch.equal(again.weight_TK, recorded.weight_TK)
     assert again.weight_TK.requires_grad
 
@@ -211,10 +225,49 @@ def test_bad_input():
         PerSequence(inner(capacity=Capacity(factor=1.0, scope="sequence")))
     with pytest.raises(ValueError, match="num_tasks must be at least 1"):
         PerTask(inner(), 0)
-    with pytest.raises(ValueError, match="without noise"):
-        PerTask(inner(noise=NormalNoise()), 2)
     with pytest.raises(ValueError, match="give the layer token_ids"):
         PerTask(inner(), 2)(x)
     with pytest.raises(ValueError, match=r"between 0 and 1, got 0 to 2; raise num_tasks"):
         PerTask(inner(), 2)(x, token_ids=torch.tensor([0, 1, 2, 0, 0, 0]))
     assert "mean" in PerSequence(inner()).leaks
+
+
+def hierarchical(**noises):
+    return HierarchicalRouter(DIM, 4, num_groups=2, seed=0, **noises)
+
+
+@pytest.mark.parametrize(
+    ("router", "remedy"),
+    [
+        (inner(noise=NormalNoise()), "set noise=None"),
+        (inner(sampling="all"), "set sampling='no'"),
+        (inner(sampling="second"), "set sampling='no'"),
+        (inner(skip=RandomSecond()), "set skip=None"),
+        (CosineRouter(DIM, E, K, proj_dim=3, noise_std=0.1), "set noise_std=0"),
+        (hierarchical(primary_noise=NormalNoise()), "set primary_noise=None and secondary_noise"),
+        (hierarchical(secondary_noise=NormalNoise()), "set primary_noise=None and secondary_noise"),
+        (UniformRouter(DIM, E, K), "in UniformRouter experts are drawn"),
+        (ThorRouter(DIM, E), "in ThorRouter experts are drawn"),
+        (PerSequence(inner(noise=NormalNoise())), "set noise=None"),
+    ],
+)
+def test_chance_would_part_the_tokens_of_a_task(router, remedy):
+    with pytest.raises(ValueError, match=f"PerTask needs a router without chance.*{remedy}"):
+        PerTask(router, 2)
+
+
+def test_routers_without_chance_keep_a_task_together():
+    task_T = torch.arange(12) % 3
+    quiet = CosineRouter(DIM, E, K, proj_dim=3, seed=0)
+    for router in (inner(skip=ThresholdSecond(0.5)), quiet, hierarchical()):
+        expert_TK = PerTask(router, 3, seed=0)(torch.zeros(12, DIM), token_ids=task_T).expert_TK
+        assert torch.equal(expert_TK, expert_TK[:3].repeat(4, 1))
+
+
+@pytest.mark.parametrize("make", [ExpertChoiceRouter, BatchwiseRouter])
+def test_tokens_must_choose(make):
+    router, x = make(DIM, E, 2.0), torch.randn(12, DIM)
+    with pytest.raises(ValueError, match=f"PerTask needs .* in {make.__name__} experts do"):
+        PerTask(router, 3)(x, token_ids=torch.arange(12) % 3)
+    with pytest.raises(ValueError, match=f"PerSequence needs .* in {make.__name__} experts do"):
+        PerSequence(router)(x, sequence_length=3)

@@ -24,6 +24,16 @@ def test_what_is_looked_up(by, experts):
     assert routing.logits_TE is None
 
 
+def test_the_first_token_behind_padding_takes_itself():
+    router = HashRouter(4, 3, TABLE, by="previous")
+    mask = torch.tensor([True, True, False, False, False, True])
+    for filling in (-100, 4):
+        ids = torch.where(mask, filling, IDS)
+        routing = router(X, token_ids=ids, padding_mask=mask, sequence_length=6)
+        # Tokens 1, 3, 3 take the entries of 1, 1 and 3.
+        assert routing.expert_TK.flatten().tolist() == [3, 3, 0, 0, 2, 3]
+
+
 def test_the_table_is_saved_and_loaded():
     saved = HashRouter(4, 3, random_table(50, 3, seed=1))
     ids = torch.arange(50)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from expertmesh.routing import (
+    HierarchicalLoadLoss,
     ImportanceLoss,
     LearnedNoise,
     LoadBalancingLoss,
@@ -169,3 +170,20 @@ def test_unknown_form_and_scope():
         LoadBalancingLoss(coef=1.0, form="swtch")
     with pytest.raises(ValueError, match="balance loss scope must be"):
         LoadBalancingLoss(coef=1.0, scope="globe")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (ImportanceLoss, {"of": "gate"}, "of must be one of gates, probabilities.* mean 'gates'"),
+        (ImportanceLoss, {"variance": "biased"}, "variance must be one of population, unbiased"),
+        (ImportanceLoss, {"scope": "batch"}, "importance loss scope must be 'micro_batch'"),
+        (LoadLoss, {"variance": "sample"}, "load loss variance must be one of population, unbi"),
+        (LoadLoss, {"scope": 0}, "load loss scope must be 'micro_batch'"),
+        (HierarchicalLoadLoss, {"variance": 1}, "load loss variance must be one of population"),
+        (LoadBalancingLoss, {"form": 3}, "balance loss form must be one of switch"),
+    ],
+)
+def test_options_are_checked_where_they_are_given(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(coef=1.0, **options)

@@ -5,8 +5,10 @@ from expertmesh.random import RandomKey
 from expertmesh.routing import (
     ROUTER_PRESETS,
     Capacity,
+    ImportanceLoss,
     InputJitter,
     LoadBalancingLoss,
+    LoadLoss,
     ZLoss,
     router_preset,
 )
@@ -201,6 +203,41 @@ def test_overrides():
     assert make("switch", capacity=None).capacity is None
     looser = make("switch", capacity={"factor": 2.0}).capacity
     assert looser == Capacity(factor=2.0, eval_factor=2.0, formula="switch")
+
+
+def test_the_balance_coefficient_is_that_of_whatever_balances():
+    losses = make("v_moe", balance_coef=0.25).losses
+    assert losses == (ImportanceLoss(coef=0.25, of="probabilities"), LoadLoss(coef=0.25))
+    assert make("v_moe", balance_coef=0).losses == ()
+    added = make("mixtral", losses=(), balance_coef=0.25).losses
+    assert added == (LoadBalancingLoss(coef=0.25),)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias_rate": 0.1}])
+def test_the_device_is_that_of_buffers_too(options):
+    router = make("deepseek_v3", device="meta", **options)
+    values = [*router.parameters(), *router.buffers()]
+    assert len(values) == 3
+    assert all(value.is_meta for value in values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": {"fctor": 1}}, r"capacity\.fctor is unknown; did you mean 'factor'"),
+        ({"capacity": {"eval_factor": 1}}, "capacity has no factor, which has no default"),
+        ({"capacity": {"factor": "1"}}, "capacity factor must be a number above 0"),
+        ({"group_limit": {"groups": 4}}, r"group_limit\.groups is unknown; did you mean 'num_gr"),
+        ({"group_limit": {"num_groups": 4}}, "group_limit has no kept"),
+        (
+            {"group_limit": {"num_groups": 0, "kept": 1}},
+            "num_experts must be a multiple of num_groups=0",
+        ),
+    ],
+)
+def test_malformed_tables(options, message):
+    with pytest.raises(ValueError, match=message):
+        make("mixtral", **options)
 
 
 def test_unknown_names():

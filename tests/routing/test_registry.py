@@ -96,6 +96,26 @@ def test_names_are_those_of_both_tables() -> None:
         ("hierarchical", {}, {}, "experts_per_token=2 and k_groups=2; set experts_per_token to a"),
         ("hierarchical", {"num_groups": 3}, {"k": 4}, "num_groups must divide num_experts=8"),
         ("entropy", {"threshold": -1.0}, {}, "entropy threshold must be above 0"),
+        (
+            "cosine",
+            {"capacity": {"fctor": 1}},
+            {},
+            r"capacity\.fctor is unknown; did you mean 'fac",
+        ),
+        ("mixtral", {"capacity": {"fctor": 1}}, {}, r"capacity\.fctor is unknown; did you mean 'f"),
+        ("mixtral", {"seed": 1}, {}, "'seed' of 'mixtral' is not to be set here: the model says"),
+        ("mixtral", {"k": 1}, {}, "'k' of 'mixtral' is not to be set here"),
+        ("mixtral", {"layer": 1}, {}, "'layer' of 'mixtral' is not to be set here"),
+        ("mixtral", {"dim": 1}, {}, "'dim' of 'mixtral' is not to be set here"),
+        ("sinkhorn", {"k": 1}, {}, "'k' of 'sinkhorn' is not to be set here"),
+        ("mixtral", {"name": "hash"}, {}, "router option 'name' is unknown"),
+        ("mixtral", {"site": 1}, {}, "router option 'site' is unknown"),
+        (
+            "mixtral",
+            {"balance_cof": 1},
+            {},
+            "'balance_cof' is unknown; did you mean 'balance_coef'",
+        ),
     ],
 )
 def test_mistakes_are_named(name, options, changes, message) -> None:

@@ -137,3 +137,8 @@ def test_the_same_seed_gives_the_same_weights():
         SinkhornRouter(8, 4, 1, seed=3).weight_ED, SinkhornRouter(8, 4, 1, seed=3).weight_ED
     )
     assert SinkhornRouter(8, 4, 1).leaks
+
+
+def test_losses_have_names_of_their_own():
+    with pytest.raises(ValueError, match="losses must have different names"):
+        SinkhornRouter(4, 4, 2, losses=(ZLoss(coef=0.1), ZLoss(coef=0.2)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.cross_entropy.reference import PLAIN, CrossEntropy
+from expertmesh.uncompiled import uncompiled
 
 # Logits of a chunk: 2**28 are 1 GiB in float32, 1047 tokens at 256,384 words. With fewer tokens
 # the weight's gradient, which every chunk reads and writes, costs as much time as the products.
@@ -31,8 +32,9 @@ def linear_cross_entropy(
     """``token_loss(F.linear(hidden, weight_VD), targets, kind)``, never holding all logits.
 
     Under autocast the matrix products are in its dtype; the rest, and the weight's gradient, is in
-    float32 or wider. Tokens without a target cost nothing. The backward pass may run once.
-    ``torch.compile`` leaves the function as it is: it would keep what is freed here.
+    float32 or wider. Tokens without a target cost nothing. Where gradients are off, none are
+    made; else the backward pass may run once. ``torch.compile`` leaves the function as it is: it
+    would keep what is freed here.
 
     Args:
         hidden: ``(..., D)``.
@@ -47,7 +49,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: If shapes differ.
     """
-    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight_VD.shape[-1]:
+    if hidden.shape != (*targets.shape, weight_VD.shape[-1]):
         raise ValueError(
             f"expected hidden (..., D), weight (V, D) and targets (...), got "
             f"{tuple(hidden.shape)}, {tuple(weight_VD.shape)} and {tuple(targets.shape)}"
@@ -57,10 +59,13 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     rows = max(1, logits_at_once // weight_VD.shape[0])
-    return _apply(hidden.flatten(0, -2), weight_VD, targets.flatten(), kind, dtype, rows)
+    hidden_ND = hidden.reshape(targets.numel(), hidden.shape[-1])
+    # Inside the function gradient mode is always off.
+    grad = torch.is_grad_enabled()
+    return _apply(hidden_ND, weight_VD, targets.flatten(), kind, dtype, rows, grad)
 
 
-@torch.compiler.disable
+@uncompiled
 def _apply(*arguments: Any) -> Tensor:
     loss: Tensor = _LinearCrossEntropy.apply(*arguments)
     return loss
@@ -78,8 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kind: CrossEntropy,
         dtype: torch.dtype,
         rows: int,
+        grad: bool,
     ) -> Tensor:
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        for_hidden, for_weight = (grad and needed for needed in ctx.needs_input_grad[:2])
         kept_T = (targets_N != kind.ignore_index).nonzero().squeeze(1)
         wide = torch.promote_types(dtype, torch.float32)
         grad_ND = torch.zeros_like(hidden_ND) if for_hidden else None
@@ -114,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if saved is None else saved.mul_(grad.to(saved.dtype))
             for saved in ctx.saved_tensors
         ]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor, kind: CrossEntropy) -> tuple[Tensor, Tensor]:

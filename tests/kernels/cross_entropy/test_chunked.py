@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertmesh.kernels.cross_entropy import CrossEntropy, linear_cross_entropy, token_loss
+from expertmesh.kernels.cross_entropy import (
+    CrossEntropy,
+    chunked,
+    linear_cross_entropy,
+    token_loss,
+)
 from expertmesh.testing import assert_close
 
 KINDS = [
@@ -55,7 +60,14 @@ def compare(
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     ("shape", "num_words", "dim"),
-    [((3, 5), 17, 4), ((1, 1), 2, 1), ((13,), 5, 3), ((2, 3, 4), 101, 7), ((1, 29), 1, 6)],
+    [
+        ((), 5, 3),
+        ((3, 5), 17, 4),
+        ((1, 1), 2, 1),
+        ((13,), 5, 3),
+        ((2, 3, 4), 101, 7),
+        ((1, 29), 1, 6),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 28])
@@ -109,6 +121,21 @@ def test_one_of_the_two_may_be_frozen() -> None:
         assert torch.equal(free.grad, whole[place])
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight_VD, targets), whole[0])
+
+
+def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight_VD = torch.randn(4, 3), torch.randn(5, 3, requires_grad=True)
+    targets = torch.tensor([0, 4, -100, 2])
+    expected = linear_cross_entropy(hidden, weight_VD, targets)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a gradient that nobody asked for")
+
+    monkeypatch.setattr(chunked, "_to_gradient", refuse)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight_VD, targets), expected)
+    with pytest.raises(AssertionError, match="nobody asked for"):
+        linear_cross_entropy(hidden, weight_VD, targets)
 
 
 def test_tokens_without_a_target_have_exactly_no_gradient() -> None:
@@ -166,6 +193,7 @@ def test_shapes_that_differ_are_refused() -> None:
     for hidden, targets in (
         (torch.randn(2, 3), torch.zeros(3, dtype=torch.int64)),
         (torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)),
+        (torch.tensor(1.0), torch.tensor(0)),
     ):
         with pytest.raises(ValueError, match=r"expected hidden \(\.\.\., D\)"):
             linear_cross_entropy(hidden, weight_VD, targets)

@@ -166,7 +166,10 @@ def dds(left_DP: Tensor, values_MZBB: Tensor, out_MSDU: Tensor, topology: Topolo
 
 
 def dds_transposed(left_MSDU: Tensor, values_MZBB: Tensor, topology: Topology) -> Tensor:
-    """``sum_m left_m A_m^T``, ``(D, P)``: the transpose of ``sum_m A_m left_m^T``."""
+    """``sum_m left_m A_m^T``, ``(D, P)``: the transpose of ``sum_m A_m left_m^T``.
+
+    No pass of the MLP asks for it; it completes the products of the formulation.
+    """
     return dsd(values_MZBB, left_MSDU.mT, topology).mT
 
 
