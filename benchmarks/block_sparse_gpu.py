@@ -17,7 +17,6 @@ from the first grouped backend's go to results/block_sparse_gpu.json.
 
 import argparse
 import statistics
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from layer_gpu import SHAPES, Shape, Step, medians  # beside this file
 from record import RESULTS, save
 from torch import Tensor
+from turns import take_turns
 
 from expertmesh.kernels.moe_mlp import moe_mlp
 from expertmesh.kernels.moe_mlp.block_sparse.rows import pad_rows
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, folder: Path = RESULTS) -> Path:
         for key, value in found.items():
             results.setdefault(key, {})[name] = value
         print_shape(name, found)
-    path = save("block_sparse_gpu", results, folder)
+        path = save("block_sparse_gpu", results, folder)  # after each: a run may be cut
     print(f"written to {path}")
     return path
 
@@ -145,12 +145,7 @@ class Bench:
         """Median milliseconds."""
         if self.device.type == "cuda":
             return medians(steps, self.rounds)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(self.rounds):
-            for name, run in steps.items():
-                start = time.perf_counter()
-                run()
-                times[name].append((time.perf_counter() - start) * 1e3)
+        times = take_turns(steps, self.rounds, warm=0)
         return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
     def ids(self, shape: Shape) -> Tensor:

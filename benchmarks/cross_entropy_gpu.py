@@ -70,7 +70,8 @@ def main() -> None:
             results[str(tokens)][name] = found = measure(way, tokens)
             torch.cuda.empty_cache()
             print(f"{tokens:>6} tokens  {name:<16} {found}", flush=True)
-    print(save("cross_entropy_gpu", {"words": WORDS, "dim": DIM, "by_tokens": results}))
+        path = save("cross_entropy_gpu", {"words": WORDS, "dim": DIM, "by_tokens": results})
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

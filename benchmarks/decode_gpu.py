@@ -3,11 +3,12 @@
     python benchmarks/decode_gpu.py
 
 bfloat16, gated experts, no gradient, routing by a random router over random tokens. Every
-contender runs as a CUDA graph of several steps with tokens of their own, so that caches do not
-hold all weights; contenders take turns, and medians go to results/decode_gpu.json.
+contender but one runs as a CUDA graph of several steps with tokens of their own, so that caches do
+not hold all weights; contenders take turns, and medians go to results/decode_gpu.json.
 
 - experts: ``GatedMLPExperts`` on a decision made beforehand, backend auto.
 - layer: ``MoE`` whole, with router and counters.
+- layer, no graph: the same with what the host needs to launch.
 - transformers: the Mixtral block, router included, with its batched_mm and grouped_mm experts.
 
 The bound is the time to read the chosen experts' weights at the speed of a large copy.
@@ -20,12 +21,9 @@ from typing import Any
 import torch
 from layer_gpu import (  # beside this file
     BF16,
-    DECODED,
     SHAPES,
     Shape,
     Step,
-    backend_of,
-    captured,
     make_layer,
     measure_ceilings,
     medians,
@@ -35,9 +33,12 @@ from layer_gpu import (  # beside this file
 from record import save
 from torch import Tensor, nn
 
+from expertmesh.kernels.backends import Problem, choose
+from expertmesh.kernels.moe_mlp.op import MLP_BACKENDS
 from expertmesh.layer import MoE
 from expertmesh.routing import Routing
 
+DECODED = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
 TOKENS = (1, 4, 16, 64)
 STEPS = 8
 PEERS = ("batched_mm", "grouped_mm")
@@ -54,8 +55,9 @@ def main() -> None:
         results["steps"][name] = measure(SHAPES[name], ceilings["copy_tb_per_s"], rounds)
         for num_tokens, row in results["steps"][name].items():
             us = ", ".join(f"{what} {value:.0f}" for what, value in row["us"].items())
-            print(f"{name}, {num_tokens} tokens, bound {row['bound_us']:.0f} us: {us}")
-    print(f"written to {save('decode_gpu', results)}")
+            print(f"{name}, {num_tokens} tokens, bound {row['bound_us']:.0f} us: {us}", flush=True)
+        path = save("decode_gpu", results)
+    print(f"written to {path}")
 
 
 @torch.no_grad()
@@ -72,6 +74,7 @@ def measure(shape: Shape, tb_per_s: float, rounds: int) -> dict[int, dict[str, A
         steps: dict[str, Step] = {
             "experts": captured(over_experts(layer, batches, routings)),
             "layer": captured(over(layer, batches)),
+            "layer, no graph": over(layer, batches),
         }
         for peer, block in blocks.items():
             if num_tokens * shape.K > 4 * shape.E and peer == "batched_mm":
@@ -92,8 +95,8 @@ def peer_block(shape: Shape, layer: MoE, implementation: str) -> nn.Module:
     block = mixtral_block(shape, layer)
     if block is None:
         raise SystemExit("transformers is too old or missing; run: pip install 'transformers>=5.0'")
-    config: Any = block.experts.config
-    config._experts_implementation = implementation
+    experts: Any = block.experts
+    experts.config._experts_implementation = implementation
     return block.eval()
 
 
@@ -106,6 +109,38 @@ def over_experts(layer: MoE, batches: list[Tensor], routings: list[Routing]) -> 
 
 def over(module: nn.Module, batches: list[Tensor]) -> Step:
     return lambda: [module(x) for x in batches]
+
+
+def captured(run: Step) -> Step:
+    """The step as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def backend_of(shape: Shape, num_tokens: int) -> str:
+    """What auto picks for a decoding step."""
+    problem = Problem(
+        device=torch.device("cuda", torch.cuda.current_device()),
+        dtype=BF16,
+        num_experts=shape.E,
+        num_assignments=num_tokens * shape.K,
+        dim=shape.D,
+        hidden=shape.F,
+        needs_grad=False,
+        capturing=True,
+    )
+    return choose(MLP_BACKENDS, problem).name
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ again for two steps, which must agree to the bit.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import record  # noqa: E402  # beside this file
 import torch  # noqa: E402
-from record import RESULTS, save  # noqa: E402  # beside this file
 
 from expertmesh.testing.equivalence import COLUMNS  # noqa: E402
 from tests.distributed.compared import LIMIT, compare, suited  # noqa: E402
@@ -59,64 +58,105 @@ TYPES = {
 MESHES_OF_TYPES = ("ep2 zero1/0", "tp2 ep2 zero2", "edp2 ep2 zero3")
 
 
-def measure(names: Sequence[str]) -> dict[str, Any]:
-    """Errors of every layout in the settings of these names."""
-    layouts = {}
+Errors = dict[str, dict[str, float]]
+"""By setting and column."""
+
+
+class Table:
+    """All errors: those of an earlier run, replaced piece by piece.
+
+    It is saved after each piece, so what is done is not lost when a run is cut. Layouts and
+    settings that are no more are left out.
+
+    Args:
+        old: The earlier result, or nothing.
+        folder: Of the JSON.
+    """
+
+    def __init__(self, old: dict[str, Any], folder: Path = record.RESULTS) -> None:
+        self.old, self.folder = old, folder
+        self.layouts: dict[str, Errors] = {
+            name: _known(row["errors"]) for name, row in old.get("layouts", {}).items()
+        }
+        self.types: dict[str, dict[str, Errors]] = {
+            title: {name: _known(errors) for name, errors in layouts.items()}
+            for title, layouts in old.get("types", {}).items()
+        }
+        self._measured: set[str] = set()
+
+    def put(self, layout: Layout, errors: Errors, title: str = "") -> None:
+        """Take a layout's errors, in float64 or in the type of this title, and save."""
+        rows = self.types.setdefault(title, {}) if title else self.layouts
+        rows[layout.name] = _known(rows.get(layout.name, {}) | errors)
+        self._measured |= {_part(setting, layout.name, title) for setting in errors}
+        parts = [part for part in self._parts() if part not in self._measured]
+        record.save(NAME, self.result(), self.folder, kept=record.stamps_of(self.old, parts))
+
+    def result(self) -> dict[str, Any]:
+        """What the JSON holds, in the order of the layouts and settings."""
+        return {
+            "limit": LIMIT,
+            "settings": {name: setting.about for name, setting in SETTINGS.items()},
+            "layouts": {
+                layout.name: {"world": layout.world, "errors": self.layouts[layout.name]}
+                for layout in LAYOUTS
+                if self.layouts.get(layout.name)
+            },
+            "types": {title: self.types[title] for title in TYPES if title in self.types},
+        }
+
+    def _parts(self) -> list[str]:
+        result = self.result()
+        found = [
+            _part(setting, name, "")
+            for name, row in result["layouts"].items()
+            for setting in row["errors"]
+        ]
+        return found + [
+            _part(setting, name, title)
+            for title, layouts in result["types"].items()
+            for name, errors in layouts.items()
+            for setting in errors
+        ]
+
+
+def _part(setting: str, layout: str, title: str) -> str:
+    return f"{setting}: {layout}{f' in {title}' if title else ''}"
+
+
+def _known(errors: Errors) -> Errors:
+    return {name: errors[name] for name in SETTINGS if name in errors}
+
+
+def measure(names: Sequence[str], table: Table) -> None:
+    """Put errors of every layout in the settings of these names into the table."""
     for layout in LAYOUTS:
         start = time.perf_counter()
         errors = compare(layout, _of(names, layout), timeout=1800)
         worst = max((error for row in errors.values() for error in row.values()), default=0.0)
         seconds = time.perf_counter() - start
         print(f"{layout.world} ranks, {layout.name}: {worst:.1e}, {seconds:.0f} s", flush=True)
-        layouts[layout.name] = {"world": layout.world, "errors": errors}
-    settings = {name: setting.about for name, setting in SETTINGS.items()}
-    types = measure_types(names)
-    return {"limit": LIMIT, "settings": settings, "layouts": layouts, "types": types}
+        table.put(layout, errors)
+    for title, numbers in TYPES.items():
+        for layout in LAYOUTS:
+            if layout.name in MESHES_OF_TYPES:
+                table.put(layout, compare(layout, _of(names, layout), numbers), title)
 
 
 def _of(names: Sequence[str], layout: Layout) -> list[str]:
     return [name for name in suited(layout) if name in names]
 
 
-def measure_types(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Errors of a few layouts in other types than float64."""
-    chosen = [layout for layout in LAYOUTS if layout.name in MESHES_OF_TYPES]
-    return {
-        title: {layout.name: compare(layout, _of(names, layout), numbers) for layout in chosen}
-        for title, numbers in TYPES.items()
-    }
-
-
-def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new result, and from the old one what it has of settings that were not measured."""
-    for name, row in new["layouts"].items():
-        row["errors"] = _merged(old["layouts"].get(name, {}).get("errors", {}), row["errors"])
-    for title, layouts in new["types"].items():
-        for name in layouts:
-            layouts[name] = _merged(old["types"].get(title, {}).get(name, {}), layouts[name])
-    return new
-
-
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """In the order of the settings; those that are no more are left out."""
-    both = {**old, **new}
-    return {name: both[name] for name in SETTINGS if name in both}
-
-
 def load() -> dict[str, Any]:
     """The result that is there."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
-    return content
+    return record.load(NAME)
 
 
 def render(result: dict[str, Any]) -> str:
     """The page."""
-    versions, hardware = result["versions"], result["hardware"]
-    commit, plus, changes = result["commit"].partition("+")
     lines = [
         TEXT.format(limit=result["limit"]),
-        f"`{result['command']}`, commit {commit[:10]}{plus}{changes}, {hardware['cpu']}, torch "
-        f"{versions['torch']}, gloo, {result['date'][:10]}\n",
+        record.made_by(result, "gloo", where=lambda hardware: hardware["cpu"]),
         f"| ranks | mesh | settings | {' | '.join(COLUMNS)} |",
         f"|---:|---|---:|{'---:|' * len(COLUMNS)}",
     ]
@@ -155,10 +195,9 @@ def main() -> None:
     for name in arguments.settings:
         if name not in SETTINGS:
             parser.error(f"setting must be one of {', '.join(SETTINGS)}, got {name!r}")
-    if arguments.settings:
-        print(f"written to {save(NAME, merge(load(), measure(arguments.settings)))}")
-    elif not arguments.page:
-        print(f"written to {save(NAME, measure(list(SETTINGS)))}")
+    if not arguments.page:
+        old = record.load_if_there(NAME)
+        measure(arguments.settings or list(SETTINGS), Table(old))
     PAGE.write_text(render(load()), encoding="utf-8")
     print(f"written to {PAGE}")
 

@@ -15,7 +15,6 @@ the rounds and ratios of medians are printed and written to results/layer_cpu.js
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from record import save  # beside this file
 from torch import Tensor, nn
+from turns import take_turns
 
 import expertmesh.kernels.grouped_gemm.matmul as products
 from expertmesh.experts import GatedMLPExperts
@@ -121,18 +121,6 @@ def contenders() -> dict[str, Step]:
     }
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds by contender; the first two rounds warm up and are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            if number >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
@@ -140,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    times = measure(contenders(), arguments.rounds)
+    times = take_turns(contenders(), arguments.rounds, warm=2)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {name: median / medians["expertmesh"] for name, median in medians.items()}
     for name, median in medians.items():

@@ -13,8 +13,7 @@ of itself; medians go to results/layer_gpu.json.
 - transformers grouped_mm: the Mixtral block, which shares the layer's expert weights.
 
 Saved memory is what is allocated between forward and backward beyond what was before, the output
-included. Decoding is measured in CUDA graphs, which leaves out what the host needs to launch, and
-without; its bound is the time to read the weights of the experts that were chosen.
+included.
 """
 
 import argparse
@@ -28,16 +27,12 @@ from record import save  # beside this file
 from torch import Tensor, nn
 
 from expertmesh.experts import GatedMLPExperts
-from expertmesh.kernels.backends import Problem, choose
 from expertmesh.kernels.grouping import group_by_expert
-from expertmesh.kernels.moe_mlp.op import MLP_BACKENDS
 from expertmesh.layer import MoE
 from expertmesh.routing import router_preset
 
 BF16 = torch.bfloat16
 SEQUENCE = 4096
-DECODE_BATCHES = 8
-"""Batches of tokens that decoding rotates through, so that caches do not hold all weights."""
 
 Step = Callable[[], object]
 
@@ -53,11 +48,6 @@ class Shape:
     K: int
     router: str
 
-    @property
-    def forward_flops(self) -> int:
-        """Of the experts' products; backward has twice as many."""
-        return 6 * self.T * self.K * self.D * self.F
-
 
 SHAPES = {
     "olmoe-1b-7b": Shape(32768, 2048, 1024, 64, 8, "olmoe"),
@@ -67,8 +57,6 @@ SHAPES = {
     "deepseek-v2-lite": Shape(32768, 2048, 1408, 64, 6, "deepseek_v2"),
     "openmoe-8b width": Shape(16384, 2048, 8192, 32, 2, "mixtral"),
 }
-DECODED = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
-DECODE_TOKENS = (1, 4, 16, 64)
 
 
 def main() -> None:
@@ -91,13 +79,8 @@ def main() -> None:
             for direction, row in times.items()
         }
         print_shape(name, times, saved)
-    results["decode"] = {
-        name: measure_decode(SHAPES[name], ceilings["copy_tb_per_s"], arguments.rounds)
-        for name in DECODED
-        if name in arguments.shapes
-    }
-    print_decode(results["decode"])
-    print(f"written to {save('layer_gpu', results)}")
+        path = save("layer_gpu", results)  # after each: a run may be cut
+    print(f"written to {path}")
 
 
 def measure_ceilings() -> dict[str, float]:
@@ -267,82 +250,12 @@ def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
-@torch.no_grad()
-def measure_decode(shape: Shape, tb_per_s: float, rounds: int) -> dict[str, dict[str, Any]]:
-    """For each number of tokens: which backend, microseconds, and the fraction of the bound."""
-    layer = make_layer(shape).eval()
-    measured = {}
-    for num_tokens in DECODE_TOKENS:
-        batches = [random_bf16(num_tokens, shape.D) for _ in range(DECODE_BATCHES)]
-        touched = [int((layer.router(x_TD).load_E > 0).sum()) for x_TD in batches]
-        experts = statistics.mean(touched)
-        bound_us = experts * 3 * shape.D * shape.F * BF16.itemsize / tb_per_s / 1e6
-
-        def run(batches: list[Tensor] = batches) -> object:
-            return [layer(x_TD) for x_TD in batches]
-
-        times = medians({"graph": captured(run), "eager": run}, rounds)
-        graph_us, eager_us = (times[name] * 1e3 / DECODE_BATCHES for name in ("graph", "eager"))
-        measured[str(num_tokens)] = {
-            "backend": backend_of(shape, num_tokens),
-            "experts_touched": experts,
-            "bound_us": round(bound_us, 1),
-            "graph_us": round(graph_us, 1),
-            "eager_us": round(eager_us, 1),
-            "graph_fraction_of_bound": round(bound_us / graph_us, 3),
-            "eager_fraction_of_bound": round(bound_us / eager_us, 3),
-        }
-    return measured
-
-
-def captured(run: Step) -> Step:
-    """The step as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
-
-
-def backend_of(shape: Shape, num_tokens: int) -> str:
-    """What auto picks for a decoding step."""
-    problem = Problem(
-        device=torch.device("cuda", torch.cuda.current_device()),
-        dtype=BF16,
-        num_experts=shape.E,
-        num_assignments=num_tokens * shape.K,
-        dim=shape.D,
-        hidden=shape.F,
-        needs_grad=False,
-        capturing=True,
-    )
-    return choose(MLP_BACKENDS, problem).name
-
-
 def print_shape(name: str, times: dict[str, dict[str, float]], saved: dict[str, float]) -> None:
     print(name)
     for contender in times["forward"]:
         forward, both = (row[contender] for row in times.values())
         mib = f"{saved[contender]:8.0f} MiB" if contender in saved else ""
         print(f"  {contender:26} {forward:8.2f} / {both:8.2f} ms {mib}")
-
-
-def print_decode(decoded: dict[str, dict[str, dict[str, Any]]]) -> None:
-    for name, rows in decoded.items():
-        for num_tokens, row in rows.items():
-            print(
-                f"{name}, {num_tokens} tokens, {row['backend']}: {row['graph_us']:.0f} us in a "
-                f"graph, {row['eager_us']:.0f} without; bound {row['bound_us']:.0f}, "
-                f"{row['graph_fraction_of_bound']:.0%} of it"
-            )
 
 
 if __name__ == "__main__":

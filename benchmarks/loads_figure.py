@@ -5,14 +5,13 @@
 From results/loads_gpu.json, which ``loads_gpu.py`` writes.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from record import RESULTS  # beside this file
+from record import load  # beside this file
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "loads.png"
 MARKS = {"expertmesh": "o-", "one-hot einsum": "s--"}
@@ -20,7 +19,7 @@ COLOURS = {"expertmesh": "#1f5f99", "one-hot einsum": "#c26a1b"}
 
 
 def main() -> None:
-    tokens = json.loads((RESULTS / "loads_gpu.json").read_text(encoding="utf-8"))["tokens"]
+    tokens = load("loads_gpu")["tokens"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for ax, unit, label in ((axes[0], "ms", "milliseconds"), (axes[1], "peak MiB", "peak MiB")):
         for who, mark in MARKS.items():

@@ -41,14 +41,19 @@ def main() -> None:
     torch.manual_seed(0)
     results: dict[str, Any] = {"dtype": "bfloat16", "rounds": rounds}
     results["first_step_s"] = first_steps()
-    print("first step, s:", results["first_step_s"])
-    results["skew_ms"] = {name: measure_skew(SHAPES[name], rounds) for name in SKEWED}
-    for name, times in results["skew_ms"].items():
-        print(name, {load: f"{ms:.2f} ms" for load, ms in times.items()})
-    results["tokens"] = measure_tokens(SHAPES[SKEWED[0]], rounds)
-    for num_tokens, row in results["tokens"].items():
-        print(num_tokens, row)
-    print(f"written to {save('loads_gpu', results)}")
+    print("first step, s:", results["first_step_s"], flush=True)
+    results |= {"skew_ms": {}, "tokens": {}}
+    for name in SKEWED:
+        results["skew_ms"][name] = times = measure_skew(SHAPES[name], rounds)
+        print(name, {load: f"{ms:.2f} ms" for load, ms in times.items()}, flush=True)
+        save("loads_gpu", results)  # after each: a run may be cut
+    shape = SHAPES[SKEWED[0]]
+    up, down = matrices(shape)
+    for num_tokens in TOKENS:
+        results["tokens"][num_tokens] = row = measure_tokens(shape, num_tokens, up, down, rounds)
+        print(num_tokens, row, flush=True)
+        path = save("loads_gpu", results)
+    print(f"written to {path}")
 
 
 def first_steps() -> dict[str, float]:
@@ -104,24 +109,20 @@ def measure_skew(shape: Shape, rounds: int) -> dict[str, float]:
     return medians(steps, rounds)
 
 
-def measure_tokens(shape: Shape, rounds: int) -> dict[int, dict[str, float]]:
-    """Milliseconds and peak MiB by number of tokens, of ours and of one-hot einsums."""
-    up, down = matrices(shape)
-    rows: dict[int, dict[str, float]] = {}
-    for num_tokens in TOKENS:
-        score_TE = torch.rand(num_tokens, shape.E, device="cuda")
-        expert_TK = score_TE.topk(shape.K).indices
-        contenders = {"expertmesh": experts_step(shape, expert_TK, up, down)}
-        capacity = num_tokens * shape.K // shape.E
-        if 3 * num_tokens * shape.E * capacity * BF16.itemsize <= MOST_TABLE_BYTES:
-            contenders["one-hot einsum"] = einsum_step(shape, expert_TK, capacity, up, down)
-        rows[num_tokens] = {}
-        for who, step in contenders.items():
-            rows[num_tokens][f"{who}, peak MiB"] = peak_mib(step)
-        for who, ms in medians(contenders, rounds).items():
-            rows[num_tokens][f"{who}, ms"] = ms
-        torch.cuda.empty_cache()
-    return rows
+def measure_tokens(
+    shape: Shape, num_tokens: int, up: Tensor, down: Tensor, rounds: int
+) -> dict[str, float]:
+    """Milliseconds and peak MiB of ours and of one-hot einsums."""
+    score_TE = torch.rand(num_tokens, shape.E, device="cuda")
+    expert_TK = score_TE.topk(shape.K).indices
+    contenders = {"expertmesh": experts_step(shape, expert_TK, up, down)}
+    capacity = num_tokens * shape.K // shape.E
+    if 3 * num_tokens * shape.E * capacity * BF16.itemsize <= MOST_TABLE_BYTES:
+        contenders["one-hot einsum"] = einsum_step(shape, expert_TK, capacity, up, down)
+    row = {f"{who}, peak MiB": peak_mib(step) for who, step in contenders.items()}
+    row |= {f"{who}, ms": ms for who, ms in medians(contenders, rounds).items()}
+    torch.cuda.empty_cache()
+    return row
 
 
 def peak_mib(step: Step) -> float:

@@ -36,15 +36,20 @@ def main() -> None:
         pair = {model: train(arguments, model, seed) for model in MODELS}
         rows.append({"seed": seed, **pair})
         print(row_text(rows[-1]), flush=True)
+        path = save("moe_vs_dense", results(rows))  # after each: a run may be cut
+    print(f"written to {path}")
+
+
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs, and what they say together."""
     differences = [row["nano"]["val_loss"] - row["nano-dense"]["val_loss"] for row in rows]
-    results = {
-        "what": "validation loss (nats per byte) after the last step; MoE minus dense, by seed",
+    return {
+        "what": "validation loss (nats per token) after the last step; MoE minus dense, by seed",
         "differences": differences,
         "mean_difference": statistics.mean(differences),
         "moe_lower_on_every_seed": max(differences) < 0,
         "runs": rows,
     }
-    print(f"written to {save('moe_vs_dense', results)}")
 
 
 def train(arguments: argparse.Namespace, model: str, seed: int) -> dict[str, Any]:

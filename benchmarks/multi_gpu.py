@@ -12,7 +12,6 @@ misses its aim. NVLink multicast is left off.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 import torch
 from multi import checkpoint, equivalence, layer, training
 from multi.world import World
-from record import RESULTS, save  # beside this file
+from record import RESULTS, load_if_there, save, stamps_of  # beside this file
 
 from expertmesh.parallel.processes import joined, local_device
 
@@ -58,7 +57,16 @@ def main() -> int:
     with joined(device, 150.0):
         world = World(device, tiny=arguments.tiny)
         results: dict[str, Any] = {}
-        for name in arguments.sections or SECTIONS:
+        chosen = arguments.sections or list(SECTIONS)
+        old = load_if_there(NAME, arguments.results)
+        if _of_other_devices(old, world):
+            if any(name in old and name not in chosen for name in SECTIONS):
+                parser.error(
+                    f"{arguments.results} holds sections of {old['devices']} {old['device']} "
+                    "devices; run all sections, or set --results to another folder"
+                )
+            old = {}
+        for name in chosen:
             module, seconds = SECTIONS[name]
             world.say(name)
             world.begin(seconds)
@@ -67,17 +75,22 @@ def main() -> int:
             results[name]["seconds"] = round(time.monotonic() - begin, 1)
             # After each, so that what is done is not lost with what fails.
             if world.rank == 0:
-                _keep(arguments.results, world, results)
+                _keep(arguments.results, world, old, results)
         failures = _show(world, results)
     # Aims are those of GPUs.
     return int(bool(failures) and on_gpu)
 
 
-def _keep(folder: Path, world: World, results: dict[str, Any]) -> None:
-    path = folder / f"{NAME}.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    sections = {name: earlier[name] for name in SECTIONS if name in earlier} | results
-    save(NAME, {"devices": world.size, "device": world.device.type, **sections}, folder)
+def _keep(folder: Path, world: World, old: dict[str, Any], results: dict[str, Any]) -> None:
+    sections = {name: (old | results)[name] for name in SECTIONS if name in old | results}
+    kept = stamps_of(old, [name for name in sections if name not in results])
+    about = {"devices": world.size, "device": world.device.type}
+    save(NAME, {**about, **sections}, folder, kept=kept)
+
+
+def _of_other_devices(old: dict[str, Any], world: World) -> bool:
+    here = {"devices": world.size, "device": world.device.type}
+    return any(old.get(key, value) != value for key, value in here.items())
 
 
 def _show(world: World, results: dict[str, Any]) -> list[str]:

@@ -6,24 +6,25 @@
 Training: sequences of 2048 random tokens, bfloat16 weights and gradients, Adafactor, the loss over
 the 256,384 words in chunks, nothing dropped; all blocks of 8B on the one device. Figures are
 medians of the timed steps. The published 2.61 samples/s are of an A800 beside seven others. MFU
-counts three forward passes of ``DecoderConfig.flops_per_token`` for a step, recomputed blocks not:
-
-    MFU = tokens/s * 3 * FLOPs per token / the device's bfloat16 peak
+counts three forward passes of ``DecoderConfig.flops_per_token`` for a step, recomputed blocks not;
+the formula is in the result.
 
 Inference: weights are made on the device, one row of 32 tokens is read and 32 are generated with a
 cache; the peak includes all of it.
 """
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from record import save  # beside this file
+from alone import alone  # beside this file
+from peak import MFU, utilisation
+from record import RESULTS, save
 from torch import Tensor
 
 from expertmesh.kernels.backends import Problem, choose
@@ -33,8 +34,6 @@ from expertmesh.models import DecoderConfig, DecoderLM, decoder_preset
 from expertmesh.train.optimizers.adafactor import build_adafactor
 
 NAME = "openmoe_gpu"
-PEAK = {"H200": 989.4e12, "H100": 989.4e12, "A800": 312e12, "A100": 312e12}
-"""bfloat16 operations per second without sparsity, by a part of the device's name."""
 PUBLISHED = {
     "samples_per_second": 2.61,
     "memory_gb": {"8b bf16": 23, "8b fp32": 49, "34b bf16": 89},
@@ -171,14 +170,13 @@ class Bench:
         num_tokens = setting.rows * self.seq_len
         tokens_per_second = num_tokens / statistics.median(seconds)
         flops = 3 * config.flops_per_token(self.seq_len)
-        peak = self._peak()
         return {
             "experts_backend": self._backend(config, num_tokens),
             "steps": len(seconds),
             "samples_per_second": tokens_per_second / self.seq_len,
             "tokens_per_second": tokens_per_second,
             "flops_per_token": flops,
-            "mfu": None if peak is None else tokens_per_second * flops / peak,
+            "mfu": utilisation(tokens_per_second * flops, self.device),
             "memory_gb": self._memory(),
             "first_loss": losses[0],
             "last_loss": losses[-1],
@@ -230,12 +228,6 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _peak(self) -> float | None:
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK.items() if part in name), None)
-
     def _memory(self) -> float | None:
         """Most gigabytes allocated since the last setting."""
         if self.device.type != "cuda":
@@ -247,41 +239,27 @@ def _loss_of(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda hidden, weight: linear_cross_entropy(hidden, weight, targets) / targets.numel()
 
 
-def alone(measure: Callable[[Any], dict[str, Any]], setting: Any) -> dict[str, Any]:
-    """Measure with the device's memory to itself; what does not fit is a result too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    try:
-        found = measure(setting)
-    except torch.cuda.OutOfMemoryError as error:
-        found = {"error": str(error).splitlines()[0]}
-    numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
-    print(f"{setting.name}: {numbers} ({time.perf_counter() - start:.0f} s)", flush=True)
-    return numbers
-
-
-def measure_all(bench: Bench, most_rows: int | None = None) -> dict[str, Any]:
+def measure_all(
+    bench: Bench, keep: Callable[[dict[str, Any]], object], most_rows: int | None = None
+) -> dict[str, Any]:
     """Every setting, by name.
 
     Args:
         bench: Where and how long.
+        keep: Is given what there is after each setting: a run may be cut.
         most_rows: Of a step, for tests.
     """
     results: dict[str, Any] = {"seq_len": bench.seq_len, "published": PUBLISHED}
-    results["training"] = {
-        setting.name: {**asdict(setting), **alone(bench.train, setting)}
-        for setting in (
-            Training(size=s.size, rows=min(s.rows, most_rows or s.rows), recompute=s.recompute)
-            for s in TRAININGS
-        )
-    }
-    results["inference"] = {
-        setting.name: {"size": setting.size, **alone(bench.infer, setting)}
-        for setting in INFERENCES
-    }
+    results |= {"mfu_is": MFU, "training": {}, "inference": {}}
+    for training in TRAININGS:
+        setting = replace(training, rows=min(training.rows, most_rows or training.rows))
+        found = alone(bench.train, setting)
+        results["training"][setting.name] = {**asdict(setting), **found}
+        keep(results)
+    for inference in INFERENCES:
+        found = alone(bench.infer, inference)
+        results["inference"][inference.name] = {"size": inference.size, **found}
+        keep(results)
     return results
 
 
@@ -292,12 +270,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU, not saved")
     parser.add_argument("--seconds", type=float, default=8.0, help="of timed steps per setting")
     arguments = parser.parse_args()
-    print("MFU = tokens/s * 3 * FLOPs per token / the device's bfloat16 peak")
+    print(f"MFU = {MFU}")
     if arguments.tiny:
-        measure_all(Bench(torch.device("cpu"), 0.2, 32, tiny=True), most_rows=4)
+        measure_all(Bench(torch.device("cpu"), 0.2, 32, tiny=True), lambda _: None, most_rows=4)
         return
     bench = Bench(torch.device("cuda"), arguments.seconds, 2048, tiny=False)
-    print(f"written to {save(NAME, measure_all(bench))}")
+    measure_all(bench, partial(save, NAME))
+    print(f"written to {RESULTS / NAME}.json")
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ torch allocated; host memory the most that was the process's own, without the pa
 
 import argparse
 import json
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import save  # beside this file
+from record import RESULTS, save  # beside this file
 
 NAME = "openmoe_load"
 GB = 1e9
@@ -65,7 +67,7 @@ def write_folder(folder: Path, size: str, vocab_size: int | None) -> None:
             room = SHARD_BYTES
         shards[-1][name] = dims
         room -= num_bytes
-    place = {}
+    place: dict[str, str] = {}
     for index, shard in enumerate(shards):
         file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         _write_holes(folder / file, shard)
@@ -161,18 +163,34 @@ class _HostMemory:
             self.most = max(self.most, int(line.split()[1]) * 1024)
 
 
-def measure_all(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every setting in a process of its own; one that fails is a result too."""
-    results = {}
+def measure_all(
+    settings: dict[str, dict[str, Any]], keep: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Every setting in a process of its own; one that fails is a result too.
+
+    Args:
+        settings: By name.
+        keep: Is given what there is after each setting: a run may be cut.
+    """
+    results: dict[str, Any] = {}
     for name, setting in settings.items():
         command = [sys.executable, __file__, "--setting", json.dumps(setting)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            results[name] = {**setting, "error": done.stderr.strip().splitlines()[-1]}
+            results[name] = {**setting, "error": _error(done.returncode, done.stderr)}
         else:
             results[name] = {**setting, **json.loads(done.stdout.splitlines()[-1])}
         print(f"{name}: {results[name]}", flush=True)
+        keep(results)
     return results
+
+
+def _error(status: int, stderr: str) -> str:
+    """The last line; a process that was killed leaves none, or one that does not say so."""
+    lines = stderr.strip().splitlines()
+    if status < 0:
+        return f"killed by signal {-status}, {signal.strsignal(-status)}"
+    return lines[-1] if lines else f"ended with status {status}"
 
 
 def main() -> None:
@@ -186,10 +204,16 @@ def main() -> None:
     if arguments.setting is not None:
         print(json.dumps(measure(arguments.setting)))
         return
-    results = measure_all(TINY if arguments.tiny else SETTINGS)
-    if not arguments.tiny:
-        results = {"published_gb": PUBLISHED_GB, "new_tokens": NEW_TOKENS, "settings": results}
-        print(f"written to {save(NAME, results)}")
+    if arguments.tiny:
+        measure_all(TINY, lambda _: None)
+        return
+    measure_all(SETTINGS, _keep)
+    print(f"written to {RESULTS / NAME}.json")
+
+
+def _keep(found: dict[str, Any]) -> None:
+    about = {"published_gb": PUBLISHED_GB, "new_tokens": NEW_TOKENS}
+    save(NAME, {**about, "settings": found})
 
 
 if __name__ == "__main__":

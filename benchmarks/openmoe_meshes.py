@@ -11,11 +11,10 @@ sequences of 2048 tokens for each rank, AdamW in float32 with bfloat16 products,
 """
 
 import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
-from record import RESULTS, save  # beside this file
+from record import load, save  # beside this file
 
 from expertmesh.models import decoder_preset
 from expertmesh.models.stages import Stages
@@ -146,15 +145,14 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="the table alone, from the JSON")
-    path = RESULTS / f"{NAME}.json"
     if not parser.parse_args().print:
         worlds = {
             str(world): {name: measure(world, s) for name, s in strategies(world).items()}
             for world in WORLDS
         }
-        save(NAME, {"sequences_per_rank": SEQUENCES, "seq_len": SEQ_LEN, "worlds": worlds})
-        print(f"written to {path}")
-    print(table(json.loads(path.read_text(encoding="utf-8"))))
+        about = {"sequences_per_rank": SEQUENCES, "seq_len": SEQ_LEN}
+        print(f"written to {save(NAME, {**about, 'worlds': worlds})}")
+    print(table(load(NAME)))
 
 
 if __name__ == "__main__":

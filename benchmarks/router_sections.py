@@ -77,4 +77,20 @@ def routing_cost(result: dict[str, Any], made_by: str) -> str:
         "\nThe auction alone runs on affinities of normal tokens and a normal matrix, `base` on "
         "those of its small initial centroids."
     )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", _wanted(times, result["targets"]), ""])
+
+
+def _wanted(times: dict[str, float], targets: dict[str, Any]) -> str:
+    """What is wanted of each row but the first; the auction has a time of its own."""
+    limits = {name: limit for name, limit in targets.items() if name in times}
+    said = [f"at most {limit:.0f} ms of {name}" for name, limit in limits.items()]
+    above = [
+        f"{name} ({time / times['top-k']:.2f})"
+        for name, time in times.items()
+        if name not in limits and time > times["top-k"]
+    ]
+    missed = [name for name, limit in limits.items() if times[name] > limit] + above
+    return (
+        f"Wanted: {', '.join([*said, 'and of every other router ' + targets['others']])}. "
+        f"Missed by {', '.join(missed) or 'none'}."
+    )

@@ -12,7 +12,6 @@ anew. Times are processor time of one thread, so a busy machine does not spoil t
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import RESULTS, save  # beside this file
+from record import load_if_there, save, stamps_of  # beside this file
 from torch import Tensor
 
 import expertmesh as em
@@ -40,6 +39,7 @@ from expertmesh.train.optimizer import build_optimizer, set_lr
 from expertmesh.train.run_file import load_run_file
 from expertmesh.train.step import Stepper
 
+NAME = "routers"
 OVERRIDES = ("--run.device=cpu", "--train.batch=8", "--data.seq_len=64", "--eval.batches=24")
 PREFIX_SEQUENCES = 4
 TAIL = 0.25
@@ -167,7 +167,9 @@ def main() -> None:
     words = [*OVERRIDES, f"--train.steps={arguments.steps}"]
     run = load_run_file(arguments.run_file, words)
     build_data(run.data)  # fetched and tokenised once, before processes look for it
-    rows = [] if arguments.fresh else earlier_rows(run)
+    old = {} if arguments.fresh else load_if_there(NAME)
+    rows = earlier_rows(run, old)
+    kept = stamps_of(old, map(part, rows))
     done_before = {(row["router"], row["seed"]) for row in rows}
     with ProcessPoolExecutor(
         arguments.processes, mp_context=multiprocessing.get_context("spawn")
@@ -181,18 +183,20 @@ def main() -> None:
         for done in as_completed(waiting):
             rows.append(done.result())
             print(row_text(rows[-1]), flush=True)
-            save("routers", results(run, rows))
-    print(f"written to {save('routers', results(run, rows))}")
+            save(NAME, results(run, rows), kept=kept)  # after each: a run may be cut
+    print(f"{len(waiting)} runs made, {len(done_before)} were there already")
 
 
-def earlier_rows(run: RunFile) -> list[dict[str, Any]]:
-    """Runs in the results file that are as long as these."""
-    path = RESULTS / "routers.json"
-    if not path.exists():
-        return []
-    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    same = earlier["steps"] == run.train.steps and earlier["tokens_per_step"] == step_tokens(run)
-    return [row for row in earlier["runs"] if same and row["router"] in ROUTERS]
+def earlier_rows(run: RunFile, old: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs of the results file that are as long as these."""
+    length = {"steps": run.train.steps, "tokens_per_step": step_tokens(run)}
+    same = all(old.get(key) == number for key, number in length.items())
+    return [row for row in old["runs"] if row["router"] in ROUTERS] if same else []
+
+
+def part(row: dict[str, Any]) -> str:
+    """A run's name among those of the file."""
+    return f"{row['router']}: seed {row['seed']}"
 
 
 def step_tokens(run: RunFile) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from record import save  # beside this file
 from torch import Tensor
+from turns import take_turns
 
 import expertmesh as em
 from expertmesh.routing import Router, random_table
@@ -82,15 +83,8 @@ def layer(x_TD: Tensor) -> Callable[[], object]:
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds by contender; the first round warms up and is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if number:
-                times[name].append((time.process_time() - start) * 1e3)
-    return times
+    """Milliseconds of the processor by contender."""
+    return take_turns(runs, rounds, warm=1, clock=time.process_time)
 
 
 def main() -> None:

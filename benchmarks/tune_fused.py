@@ -4,19 +4,22 @@
 
 For every shape of ``layer_gpu.py``, with the row counts of a random router: candidates take turns,
 medians decide. The times go to results/tune_fused.json, the choices to the table that is shipped,
-expertmesh/kernels/moe_mlp/fused/h200.json.
+expertmesh/kernels/moe_mlp/fused/h200.json. What a run does not measure stays as it is in both, so
+single shapes or products can be measured again; ``--fresh`` forgets earlier times.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from layer_gpu import BF16, SHAPES, Shape, medians  # beside this file
-from record import RESULTS, save
+from record import RESULTS, load_if_there, save, stamps_of
 from torch import Tensor
 
 from expertmesh.kernels.moe_mlp.fused import launch
@@ -29,6 +32,8 @@ PAIR = replace(WIDE, columns=128, per_sm=2)
 """Two programs on a multiprocessor: one's stores overlap the other's products."""
 
 Candidate = Tile | Turns | None
+Times = dict[str, dict[str, dict[str, float]]]
+"""Milliseconds by shape, product and tile."""
 
 CANDIDATES: dict[str, list[Candidate]] = {
     "up": [
@@ -63,6 +68,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
 }
 
 
+NAME = "tune_fused"
 PRODUCTS = ["up", "up, inference", "down", "dhidden", "dx", "dup", "ddown", "ddown, copied"]
 
 
@@ -175,7 +181,8 @@ def measure(shape: Shape, rounds: int, products: list[str]) -> dict[str, dict[st
 def best(times: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The fastest tile of each product, as the shipped table holds it.
 
-    The two that can share a copy of the output's gradient are chosen together.
+    The two that can share a copy of the output's gradient are chosen together. A product without
+    times, or whose times are not of today's candidates, is left out.
     """
     families = (
         ("up", "up"),
@@ -185,23 +192,39 @@ def best(times: dict[str, dict[str, float]]) -> dict[str, Any]:
         ("dup", "dweight"),
         ("ddown", "dweight"),
     )
-    chosen = {}
+    chosen: dict[str, Candidate] = {}
     for product, family in families:
-        tiles = {describe(tile): tile for tile in CANDIDATES[family]}
-        measured = {name: ms for name, ms in times[product].items() if name in tiles}
-        chosen[product] = tiles[min(measured, key=measured.__getitem__)]
-    dhidden, ddown = times["dhidden"], times["ddown"]
-    shared = min(ms for name, ms in dhidden.items() if name.startswith("turns"))
-    shared += times["ddown, copied"]["grouped_mm"]
-    apart = min(ms for name, ms in dhidden.items() if not name.startswith("turns"))
-    if shared < apart + min(ddown.values()):
-        chosen["ddown"] = None
-        dhidden = {name: ms for name, ms in dhidden.items() if name.startswith("turns")}
-    else:
-        dhidden = {name: ms for name, ms in dhidden.items() if not name.startswith("turns")}
-    tiles = {describe(tile): tile for tile in CANDIDATES["dhidden"]}
-    chosen["dhidden"] = tiles[min(dhidden, key=dhidden.__getitem__)]
+        found = fastest(times.get(product, {}), CANDIDATES[family])
+        if found is not None:
+            chosen[product] = found[0]
+    chosen |= _together(times)
     return {product: None if tile is None else _fields(tile) for product, tile in chosen.items()}
+
+
+def fastest(
+    times: dict[str, float], candidates: Sequence[Candidate]
+) -> tuple[Candidate, float] | None:
+    """The candidate of the least time, with it; None where none has one."""
+    measured = [(times[describe(tile)], tile) for tile in candidates if describe(tile) in times]
+    if not measured:
+        return None
+    ms, tile = min(measured, key=itemgetter(0))
+    return tile, ms
+
+
+def _together(times: dict[str, dict[str, float]]) -> dict[str, Candidate]:
+    """Both gradients behind the down projection, if everything that decides has been measured."""
+    turns = [tile for tile in CANDIDATES["dhidden"] if isinstance(tile, Turns)]
+    tiles = [tile for tile in CANDIDATES["dhidden"] if not isinstance(tile, Turns)]
+    by_turns = fastest(times.get("dhidden", {}), turns)
+    gathering = fastest(times.get("dhidden", {}), tiles)
+    copied = fastest(times.get("ddown, copied", {}), CANDIDATES["copied"])
+    alone = fastest(times.get("ddown", {}), CANDIDATES["dweight"])
+    if by_turns is None or gathering is None or copied is None or alone is None:
+        return {}
+    if by_turns[1] + copied[1] < gathering[1] + alone[1]:
+        return {"dhidden": by_turns[0], "ddown": None}
+    return {"dhidden": gathering[0], "ddown": alone[0]}
 
 
 def _fields(tile: Tile | Turns) -> dict[str, Any]:
@@ -213,14 +236,13 @@ def _fields(tile: Tile | Turns) -> dict[str, Any]:
     return {name: value for name, value in asdict(tile).items() if value != usual[name]}
 
 
-def table(plans: dict[str, dict[str, Any]]) -> str:
+def table(plans: dict[str, dict[str, Any]], device: str) -> str:
     """The shipped table, one product a line."""
     shapes = []
     for name, plan in plans.items():
         lines = [f'  "{product}": {json.dumps(fields)}' for product, fields in plan.items()]
         shapes.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
-    device = json.dumps(torch.cuda.get_device_name())
-    return f'{{"device": {device}, "plans": {{\n' + ",\n".join(shapes) + "\n}}\n"
+    return f'{{"device": {json.dumps(device)}, "plans": {{\n' + ",\n".join(shapes) + "\n}}\n"
 
 
 def main() -> None:
@@ -228,26 +250,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds (default 9)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS)
-    parser.add_argument("--keep", action="store_true", help="earlier times where none are taken")
+    parser.add_argument("--fresh", action="store_true", help="forget the times of earlier runs")
     parser.add_argument("--dry", action="store_true", help="write nothing: fill Triton's cache")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    all_times = known_times() if arguments.keep else {}
+    old = {} if arguments.fresh else load_if_there(NAME)
+    new: Times = {}
     for name in arguments.shapes:
         print(name)
-        measured = measure(SHAPES[name], arguments.rounds, arguments.products)
-        all_times[name] = all_times.get(name, {}) | measured
-    if not arguments.dry:
-        save("tune_fused", {"median_ms": all_times})
-        plans = {f"{SHAPES[name].D}x{SHAPES[name].F}": best(t) for name, t in all_times.items()}
-        SHIPPED.write_text(table(plans), encoding="utf-8")
+        new[name] = measure(SHAPES[name], arguments.rounds, arguments.products)
+        if not arguments.dry:  # after each: a run may be cut
+            keep(old, new, torch.cuda.get_device_name())
 
 
-def known_times() -> dict[str, dict[str, dict[str, float]]]:
-    """What an earlier run measured."""
-    content = json.loads((RESULTS / "tune_fused.json").read_text(encoding="utf-8"))
-    times: dict[str, dict[str, dict[str, float]]] = content["median_ms"]
-    return times
+def keep(
+    old: dict[str, Any],
+    new: Times,
+    device: str,
+    folder: Path = RESULTS,
+    shipped: Path = SHIPPED,
+) -> None:
+    """Write both files: new times and choices in the place of the old ones, the others as is."""
+    times: Times = dict(old.get("median_ms", {}))
+    times |= {name: times.get(name, {}) | products for name, products in new.items()}
+    before = json.loads(shipped.read_text(encoding="utf-8")) if shipped.exists() else {}
+    plans = before["plans"] if before.get("device") == device else {}
+    for name in new:
+        key = f"{SHAPES[name].D}x{SHAPES[name].F}"
+        plans[key] = plans.get(key, {}) | best(times[name])
+    parts = [
+        f"{name}: {product}"
+        for name, products in times.items()
+        for product in products
+        if product not in new.get(name, {})
+    ]
+    save(NAME, {"median_ms": times}, folder, kept=stamps_of(old, parts))
+    shipped.write_text(table(plans, device), encoding="utf-8")
 
 
 if __name__ == "__main__":

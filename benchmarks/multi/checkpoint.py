@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 
-from expertmesh.models import DecoderConfig, DecoderLM
-from expertmesh.parallel.fsdp import parallelize
+from expertmesh.models import DecoderConfig
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.testing import relative_error
 from expertmesh.train.checkpoint import CheckpointFolder
-from expertmesh.train.optimizer import OptimConfig, build_optimizer
-from expertmesh.train.passes import OneByOne
-from expertmesh.train.precision import Precision
 from expertmesh.train.step import Stepper
-from multi.equivalence import MODEL, SEQUENCES, TINY, batch
+from multi.build import make_stepper
+from multi.equivalence import MODEL, TINY, TRAINED, batch
 from multi.world import World
 
 BEFORE, AFTER = 3, 3
@@ -46,20 +43,7 @@ def measure(world: World) -> dict[str, Any]:
 
 def _stepper(world: World, mesh: Mesh | None) -> Stepper:
     config = DecoderConfig(**MODEL | (TINY if world.tiny else {}))
-    with torch.device("meta"):
-        model = DecoderLM(config, seed=5)
-    if mesh is not None:
-        parallelize(model, mesh)
-    model.to_empty(device=world.device)
-    model.init_weights(5)
-    passes = OneByOne(
-        model,
-        precision=Precision("fp32"),
-        device=world.device,
-        sequences=SEQUENCES,
-        mesh=mesh,
-    )
-    return Stepper(passes, build_optimizer(model, OptimConfig(lr=1e-3)), seed=7, clip=1.0)
+    return make_stepper(config, world.device, precision="fp32", mesh=mesh, **TRAINED)
 
 
 def _train(world: World, stepper: Stepper, steps: range) -> list[float]:

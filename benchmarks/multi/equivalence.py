@@ -7,16 +7,13 @@ from typing import Any
 import torch
 
 from expertmesh.data import Batch
-from expertmesh.models import DecoderConfig, DecoderLM
-from expertmesh.parallel.fsdp import parallelize
+from expertmesh.models import DecoderConfig
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.shards import Shard
 from expertmesh.testing import relative_error
 from expertmesh.testing.equivalence import assemble, by_name, pieces, worst
-from expertmesh.train.optimizer import OptimConfig, build_optimizer
-from expertmesh.train.passes import OneByOne
-from expertmesh.train.precision import Precision, PrecisionName
-from expertmesh.train.step import Stepper
+from expertmesh.train.precision import PrecisionName
+from multi.build import make_stepper
 from multi.world import World
 
 STEPS = 5
@@ -35,6 +32,7 @@ MODEL: dict[str, Any] = {
     "router": "olmoe",
 }
 SEQUENCE, SEQUENCES = 128, 16
+TRAINED: dict[str, Any] = {"sequences": SEQUENCES, "lr": 1e-3, "values": 5, "draws": 7}
 TINY: dict[str, Any] = {"vocab_size": 32, "dim": 32, "num_layers": 2, "expert_hidden": 16}
 
 
@@ -100,20 +98,11 @@ def _train(
     world: World, precision: PrecisionName, layout: Layout | None, mesh: Mesh | None
 ) -> _Seen:
     config = DecoderConfig(**MODEL | (TINY if world.tiny else {}))
-    with torch.device("meta"):
-        model = DecoderLM(config, seed=5)
-    if layout is not None and mesh is not None:
-        parallelize(model, mesh, zero=layout.zero)
-    model.to_empty(device=world.device)
-    model.init_weights(5)
-    passes = OneByOne(
-        model,
-        precision=Precision(precision),
-        device=world.device,
-        sequences=SEQUENCES,
-        mesh=mesh,
+    zero = 2 if layout is None else layout.zero
+    stepper = make_stepper(
+        config, world.device, precision=precision, mesh=mesh, zero=zero, **TRAINED
     )
-    stepper = Stepper(passes, build_optimizer(model, OptimConfig(lr=1e-3)), seed=7, clip=1.0)
+    model = stepper.model
     gradients: dict[str, Shard] = {}
     losses, norms = [], []
     for step in range(1, STEPS + 1):

@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from expertmesh.models import DecoderConfig
 from multi.world import Step, World
+
+LR = 1e-4
 
 
 def transformers_step(
@@ -25,6 +28,21 @@ def transformers_step(
         length: Their tokens.
         size: Ranks of the mesh: all of them, or 1 for each by itself.
     """
+    model = olmoe(config, world.device)
+    mesh = init_device_mesh(
+        world.device.type, (world.size // size, size), mesh_dim_names=("copies", "pieces")
+    )["pieces"]
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    generator = torch.Generator().manual_seed(world.rank)
+    tokens_BS = torch.randint(config.vocab_size, (rows, length), generator=generator)
+    return training_step(model, tokens_BS.to(world.device))
+
+
+def olmoe(config: DecoderConfig, device: torch.device) -> Any:
+    """OLMoE in transformers, float32, with grouped_mm on a GPU."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     theirs = OlmoeConfig(
@@ -42,22 +60,16 @@ def transformers_step(
         bos_token_id=None,
     )
     theirs._attn_implementation = "sdpa"
-    if world.device.type == "cuda":
+    if device.type == "cuda":
         theirs._experts_implementation = "grouped_mm"
     torch.manual_seed(0)
-    with world.device:
-        model: Any = OlmoeForCausalLM(theirs)
-    mesh = init_device_mesh(
-        world.device.type, (world.size // size, size), mesh_dim_names=("copies", "pieces")
-    )["pieces"]
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(world.rank)
-    tokens_BS = torch.randint(config.vocab_size, (rows, length), generator=generator)
-    tokens_BS = tokens_BS.to(world.device)
+    with device:
+        return OlmoeForCausalLM(theirs)
+
+
+def training_step(model: Any, tokens_BS: Tensor) -> Step:
+    """Loss, gradients, clipping and AdamW, as transformers' users write them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """The processes of a run: what they tell each other, how they time, how long they may take."""
 
+import gc
 import statistics
 import time
 import traceback
@@ -70,7 +71,8 @@ class World:
             print(text, flush=True)
 
     def free(self) -> None:
-        """Give back what is not used."""
+        """Give back what is not used; sharded modules are cycles, which only a collection frees."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -138,7 +140,7 @@ class World:
 
         Args:
             step: Forward and backward, say.
-            rounds: The mean is over so many.
+            rounds: The median is over so many.
             largest: How many of a step's exchanges count.
         """
         if self.device.type != "cuda":

@@ -6,7 +6,7 @@ import numpy as np
 
 from expertmesh.errors import require
 from expertmesh.report import style
-from expertmesh.report.read import Run, Series
+from expertmesh.report.read import Floats, Run, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,11 +86,17 @@ def _zoom(axes: "Axes", run: Run) -> None:
     if validation is not None:
         bottom.append(validation.value[validation.step >= middle])
         top.append(bottom[-1])
-    low = float(np.nanmin(np.concatenate(bottom), initial=np.inf))
-    high = float(np.nanmax(np.concatenate(top), initial=-np.inf))
+    # A diverged run has losses without bounds: an axis needs two.
+    low = _finite(bottom).min(initial=np.inf)
+    high = _finite(top).max(initial=-np.inf)
     if low < high:
         margin = 0.08 * (high - low)
         axes.set_ylim(low - margin, high + margin)
+
+
+def _finite(parts: list[Floats]) -> Floats:
+    value = np.concatenate(parts)
+    return value[np.isfinite(value)]
 
 
 def _steps(curves: list[Series]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -92,7 +92,8 @@ def render(run: Run, pictures: list[Picture]) -> str:
         ("glossary", "What the words mean", _glossary()),
     ]
     shown = [section for section in sections if section[2]]
-    title = escape(run.path.resolve().name)
+    # A folder's name may hold bytes that no encoding has: they come as lone surrogates.
+    title = escape(printable_lines(run.path.resolve().name))
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in shown[1:])
     body = "".join(
         f'<section id="{anchor}">{f"<h2>{name}</h2>" if anchor != "numbers" else ""}{content}'

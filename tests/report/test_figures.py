@@ -1,4 +1,5 @@
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_nan_dead_experts_and_layers_of_different_size(tmp_path: Path) -> None:
     write_lines(path / "routing.jsonl", routing)
     for png in draw(path).values():
         assert_shows_something(png)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("key", ["loss", "val_loss"])
+def test_losses_without_bounds(tmp_path: Path, key: str) -> None:
+    path = write_run(tmp_path / "run", num_layers=0)
+    metrics = read_lines(path / "metrics.jsonl")
+    for record in metrics:
+        if key in record and record["step"] > 200:
+            record[key] = math.inf
+    write_lines(path / "metrics.jsonl", metrics)
+    assert_shows_something(draw(path)["loss"])
 
 
 def test_same_run_same_bytes_and_nothing_left_behind(tmp_path: Path) -> None:

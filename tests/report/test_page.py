@@ -1,4 +1,5 @@
 import base64
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_what_users_supply_is_escaped(tmp_path: Path) -> None:
     assert "日本" in outline.text
     assert "\\u202e" in outline.text
     assert "\u202e" not in outline.text
+
+
+def test_a_folder_whose_name_no_encoding_has(tmp_path: Path) -> None:
+    path = write_run(tmp_path / os.fsdecode(b"two words \xff"), steps=10)
+    outline = parse(write_report(path, tmp_path / "report"))
+    assert "two words \\udcff" in outline.text
 
 
 def test_names_of_layers_are_escaped(tmp_path: Path) -> None:
