@@ -15,9 +15,10 @@ _PARTS: dict[str, tuple[ModuleType, str]] = {
     "layer": (
         layer,
         "One layer with its experts over the GPUs, bfloat16, medians. The all-to-all's speed is "
-        "that of the bytes which leave a GPU over the time of its kernels, waiting for the other "
-        "GPU included; beside it a plain exchange of as many bytes in the same run. Wanted: at "
-        f"least {layer.AIM:.2f} of the plain one, and a host that waits once, or with static "
+        "that of the bytes which leave a GPU over the time, waiting for the other GPU included; "
+        "then with GPUs that meet before each; beside them a plain exchange of as many bytes in "
+        "the same run, and the fraction of it (with waiting where no meeting was timed). Wanted: "
+        f"at least {layer.AIM:.2f} of the plain one, and a host that waits once, or with static "
         "dispatch never.",
     ),
     "training": (

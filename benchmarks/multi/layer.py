@@ -156,24 +156,23 @@ def _rates(
     row_bytes = width * BF16.itemsize
     leaving = (sum(plan.sent) - plan.sent[group.index]) * row_bytes
     large = sum(sent[kind] for kind in LARGE)
+    waiting, together = world.exchange_ms(step, max(3, rounds // 4), rows.nbytes // 2)
     times = {
         "plain, even": (
             world.median_ms(even_exchange, rounds),
             each * (group.size - 1) * row_bytes,
         ),
         "plain, the same splits": (world.median_ms(uneven_exchange, rounds), leaving),
-        "in the layer": (world.exchange_ms(step, max(3, rounds // 4), len(LARGE)), large),
+        "in the layer": (waiting, large),
+        "in the layer, ranks together": (together, large),
     }
     rates = {
-        name: None if ms is None else min(world.gather(num_bytes)) / ms / 1e6
-        for name, (ms, num_bytes) in times.items()
+        name: min(world.gather(num_bytes)) / ms / 1e6 for name, (ms, num_bytes) in times.items()
     }
-    layer, plain = rates["in the layer"], rates["plain, even"]
-    assert plain is not None
     return {
         "message bytes": each * row_bytes,
-        **{f"GB/s {name}": rate and round(rate, 3) for name, rate in rates.items()},
-        "fraction of plain": None if layer is None else layer / plain,
+        **{f"GB/s {name}": rate for name, rate in rates.items()},
+        "fraction of plain": rates["in the layer, ranks together"] / rates["plain, even"],
     }
 
 
@@ -185,6 +184,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "experts ms",
         "combine ms",
         "GB/s in the layer",
+        "GB/s in the layer, ranks together",
         "GB/s plain, even",
         "fraction of plain",
         "host waits",

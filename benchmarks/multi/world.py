@@ -8,17 +8,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from expertmesh.parallel.agreement import Agreement
 from expertmesh.parallel.mesh import Mesh
 
 T = TypeVar("T")
 Step = Callable[[], object]
-
-_OTHER_KERNELS = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast")
 
 
 class World:
@@ -133,33 +133,48 @@ class World:
             self.say(f"    the host waits {times}x at {place}")
         return max(self.gather(len(waits)))
 
-    def exchange_ms(self, step: Step, rounds: int, largest: int) -> float | None:
-        """Milliseconds that the largest exchanges of a step take on the device, all together.
-
-        Kernels of sends and receives, which include waiting for the other rank; None without them.
+    def exchange_ms(self, step: Step, rounds: int, least_bytes: int) -> tuple[float, float]:
+        """Milliseconds of a step's large exchanges, all together: the slowest rank's medians.
 
         Args:
             step: Forward and backward, say.
-            rounds: The median is over so many.
-            largest: How many of a step's exchanges count.
-        """
-        if self.device.type != "cuda":
-            step()
-            return None
-        from torch.profiler import ProfilerActivity, profile
+            rounds: Steps that the medians are over; two more come first and are not counted.
+            least_bytes: What an exchange must send to count.
 
-        step()
-        torch.cuda.synchronize()
-        totals = []
-        for _ in range(rounds):
-            self.meet()
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        Returns:
+            As they come in the step, waiting for the other ranks included; and with ranks that
+            meet before each.
+        """
+
+        def alone() -> None:
+            pass
+
+        waiting = self._exchanges(step, rounds, least_bytes, alone)
+        return waiting, self._exchanges(step, rounds, least_bytes, self.meet)
+
+    def _exchanges(
+        self, step: Step, rounds: int, least_bytes: int, before: Callable[[], None]
+    ) -> float:
+        exchange = dist.all_to_all_single
+        seen: list[list[tuple[Any, Any]]] = []
+
+        def timed(output: Tensor, source: Tensor, *arguments: Any, **options: Any) -> Any:
+            if source.nbytes < least_bytes:
+                return exchange(output, source, *arguments, **options)
+            before()
+            start = self._now()
+            work = exchange(output, source, *arguments, **options)
+            seen[-1].append((start, self._now()))
+            return work
+
+        with mock.patch.object(dist, "all_to_all_single", timed):
+            for _ in range(rounds + 2):
+                seen.append([])
+                self.meet()
                 step()
-                torch.cuda.synchronize()
-            spans = [_device_ms(event) for event in profiler.events() if _is_exchange(event.name)]
-            totals.append(sum(sorted(spans)[-largest:]))
-        own = statistics.median(totals)
-        return max(self.gather(own)) or None
+        self.synchronize()
+        own = statistics.median(sum(_between(*span) for span in spans) for spans in seen[2:])
+        return max(self.gather(own))
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -173,15 +188,3 @@ def _between(start: Any, stop: Any) -> float:
     if isinstance(start, float):
         return 1e3 * (stop - start)
     return float(start.elapsed_time(stop))
-
-
-def _is_exchange(kernel: str) -> bool:
-    return (
-        kernel.startswith("nccl")
-        and "Kernel" in kernel
-        and not any(other in kernel for other in _OTHER_KERNELS)
-    )
-
-
-def _device_ms(event: Any) -> float:
-    return float(event.device_time_total) / 1e3
