@@ -72,10 +72,12 @@ def train(trainer: "Trainer") -> int:
         The exit status.
     """
     from expertmesh.train.display import NoDisplay, make_display
+    from expertmesh.train.published import PUBLISHED
 
     run = trainer.run
     speaks = trainer.ranks.first
-    if trainer.done and (run.folder / EXPERT_TOKENS).exists():
+    last = [EXPERT_TOKENS, *([PUBLISHED] if run.train.save_published else [])]
+    if trainer.done and all((run.folder / name).exists() for name in last):
         if speaks:
             print(f"{run.folder} is done: all {trainer.step} steps are trained")
             more = 2 * trainer.step

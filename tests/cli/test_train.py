@@ -42,6 +42,24 @@ def test_a_run_from_start_to_end_and_again(
     assert "changed since: train.steps: 4 -> 6" in out
 
 
+def test_a_finished_run_can_be_published_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tables(tmp_path)
+    values["model"] = {"preset": "openmoe-test", "vocab_size": 258, "max_seq_len": 32}
+    values["eval"] = {"every": 0, "batches": 1}
+    (tmp_path / "run.toml").write_text(toml.dumps(values))
+    command = ["train", str(tmp_path / "run.toml"), "--train.steps=1"]
+    assert main(command) == 0
+    folder = tmp_path / "run" / "published"
+    assert not folder.exists()
+    assert main([*command, "--train.save_published=true"]) == 0
+    assert str(folder) in capsys.readouterr().out
+    assert (folder / "config.json").exists()
+    assert main([*command, "--train.save_published=true"]) == 0
+    assert "is done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
