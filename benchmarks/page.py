@@ -95,6 +95,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "decode_gpu": gpu_sections.decode,
     "cross_entropy_gpu": kernel_sections.cross_entropy,
     "step_gpu": gpu_sections.step,
+    "step_gpu_float32": gpu_sections.step,
     "multi_gpu": multi_sections.several_gpus,
     "openmoe_gpu": openmoe_sections.one_gpu,
     "openmoe_load": openmoe_sections.loading,

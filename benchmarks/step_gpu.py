@@ -5,10 +5,13 @@
     python benchmarks/step_gpu.py --only expertmesh --layers 4
     python benchmarks/step_gpu.py --device cpu --results /tmp/x    small sizes, to test the script
 
+    python benchmarks/step_gpu.py --float32 --rows 2 --micro-batches 4
+
 Forward, backward, clipping and AdamW on random tokens; medians of wall-clock times to the step's
 end on the device. Parameters, gradients and moments are bfloat16 for every contender, 55 GB of the
-device's 139 GiB: float32 ones would be 110 GB, and the trainer's bfloat16 copies and what backward
-needs would not fit beside them. That is for speed alone; a run that should learn keeps float32.
+device's 139 GiB. With ``--float32`` they are float32, 110 GB, and products bfloat16 under autocast:
+what a run that should learn keeps. Then few tokens fit beside them at a time, and a step has
+several micro-batches. Its results are those of step_gpu_float32.json.
 
 - expertmesh: the trainer's step; router, losses and counters included, routers in float32.
 - expertmesh, balanced by force: the same with ``round_robin``, whose experts take equal shares.
@@ -16,7 +19,7 @@ needs would not fit beside them. That is for speed alone; a run that should lear
 - transformers: its OLMoE with sdpa and grouped_mm, no balance loss.
 
 Contenders run one after another, each with the memory to itself, and are saved one by one in
-results/step_gpu.json; those that are not run again stay as they are there. The exit status is 1
+results; those that are not run again stay as they are there. The exit status is 1
 where an aim is missed or a contender fails.
 """
 
@@ -39,13 +42,17 @@ from profiled import where_time_goes
 from record import RESULTS, load_if_there, save, stamps_of
 
 from expertmesh.models import DecoderConfig, decoder_preset
+from expertmesh.train.precision import PrecisionName
 
 NAME, MODEL = "step_gpu", "olmoe-1b-7b"
 ROWS = 4
 ROUNDS, WARM = 8, 3
 OURS, BALANCED = "expertmesh", "expertmesh, balanced by force"
 DENSE, THEIRS = "dense, equal active parameters", "transformers, grouped_mm"
-DTYPE = torch.bfloat16
+PRECISION = {
+    torch.bfloat16: "bfloat16 parameters, gradients and AdamW moments; our routers float32",
+    torch.float32: "float32 parameters, gradients and AdamW moments; bfloat16 products",
+}
 GIB = 2**30
 MOE_ALONE = ("num_experts", "experts_per_token", "expert_hidden", "router")
 
@@ -71,10 +78,12 @@ class Bench:
 
     Attributes:
         device: CUDA, or the CPU for tests.
-        rows: Sequences of a step.
+        rows: Sequences of a micro-batch.
         length: Their tokens.
         rounds: Steps that count.
         profile: Whether to look where a step's time goes.
+        micro_batches: Of a step.
+        dtype: Of parameters, gradients and moments.
     """
 
     device: torch.device
@@ -82,6 +91,13 @@ class Bench:
     length: int
     rounds: int
     profile: bool
+    micro_batches: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences of a step."""
+        return self.rows * self.micro_batches
 
     def measure(self, contender: Contender) -> dict[str, Any]:
         """Speed, memory and use of the device."""
@@ -92,7 +108,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         seconds = self._seconds(step)
         flops = config.flops_per_token(self.length)
-        speed = self.rows * self.length / seconds
+        speed = self.batch_rows * self.length / seconds
         found: dict[str, Any] = {
             "tokens_per_second": speed,
             "step_ms": 1e3 * seconds,
@@ -123,18 +139,20 @@ class Bench:
 
 def our_step(config: DecoderConfig, bench: Bench) -> Callable[[], object]:
     """The trainer's; bfloat16 parameters need no autocast."""
+    precision: PrecisionName = "fp32" if bench.dtype == torch.bfloat16 else "bf16"
     stepper = make_stepper(
-        config, bench.device, precision="fp32", sequences=bench.rows, lr=LR, dtype=DTYPE
+        config, bench.device, precision=precision, sequences=bench.rows, lr=LR, dtype=bench.dtype
     )
-    batch = random_batch(config.vocab_size, bench.rows, bench.length)
+    batch = random_batch(config.vocab_size, bench.batch_rows, bench.length)
     return lambda: stepper.step(1, batch)
 
 
 def their_step(config: DecoderConfig, bench: Bench) -> Callable[[], object]:
     """transformers', with parameters of the same type."""
-    model = olmoe(config, bench.device).to(DTYPE)
-    batch = random_batch(config.vocab_size, bench.rows, bench.length)
-    return training_step(model, batch.tokens_BS.to(bench.device))
+    model = olmoe(config, bench.device).to(bench.dtype)
+    batch = random_batch(config.vocab_size, bench.batch_rows, bench.length)
+    pieces = batch.tokens_BS.to(bench.device).split(bench.rows)
+    return training_step(model, pieces, autocast=bench.dtype == torch.float32)
 
 
 def contenders(changes: dict[str, Any]) -> list[Contender]:
@@ -187,7 +205,8 @@ def measure_all(
     bench: Bench, chosen: Sequence[Contender], about: dict[str, Any], whole: bool, folder: Path
 ) -> dict[str, Any]:
     """Each contender, saved when it is done."""
-    old = load_if_there(NAME, folder)
+    name = NAME if bench.dtype == torch.bfloat16 else f"{NAME}_float32"
+    old = load_if_there(name, folder)
     if any(old.get(key) != value for key, value in about.items()):
         old = {}
     found: dict[str, Any] = dict(old.get("contenders", {}))
@@ -195,16 +214,20 @@ def measure_all(
     results: dict[str, Any] = {}
     for contender in chosen:
         found[contender.name] = alone(bench.measure, contender)
-        rest = [name for name in rest if name != contender.name]
+        rest = [who for who in rest if who != contender.name]
         results = about | {"mfu_is": MFU, "contenders": found, "aims": aims(found, whole=whole)}
-        save(NAME, results, folder, kept=stamps_of(old, rest))
+        save(name, results, folder, kept=stamps_of(old, rest))
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, help="of the model (default: all)")
-    parser.add_argument("--rows", type=int, default=ROWS, help=f"sequences (default {ROWS})")
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, help=f"sequences at a time (default {ROWS})"
+    )
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step (default 1)")
+    parser.add_argument("--float32", action="store_true", help="parameters and all that is theirs")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steps (default {ROUNDS})")
     parser.add_argument("--only", nargs="+", choices=[OURS, BALANCED, DENSE, THEIRS])
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
@@ -220,14 +243,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = contenders(changes)
     layers, length = chosen[0].config.num_layers, 16 if tiny else SEQUENCE
     device = torch.device(arguments.device)
-    bench = Bench(device, arguments.rows, length, arguments.rounds, arguments.profile)
+    bench = Bench(
+        device,
+        arguments.rows,
+        length,
+        arguments.rounds,
+        arguments.profile,
+        arguments.micro_batches,
+        torch.float32 if arguments.float32 else torch.bfloat16,
+    )
     about = {
         "model": MODEL,
         "layers": layers,
         "rows": bench.rows,
+        "micro_batches": bench.micro_batches,
         "sequence": length,
         "rounds": bench.rounds,
-        "precision": "bfloat16 parameters, gradients and AdamW moments; our routers float32",
+        "precision": PRECISION[bench.dtype],
     }
     whole = layers == decoder_preset(MODEL).num_layers
     if arguments.only:

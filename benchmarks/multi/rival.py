@@ -1,5 +1,6 @@
 """The same decoder by transformers, sharded by FSDP2."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def transformers_step(
     fully_shard(model, mesh=mesh, mp_policy=policy)
     generator = torch.Generator().manual_seed(world.rank)
     tokens_BS = torch.randint(config.vocab_size, (rows, length), generator=generator)
-    return training_step(model, tokens_BS.to(world.device))
+    return training_step(model, [tokens_BS.to(world.device)])
 
 
 def olmoe(config: DecoderConfig, device: torch.device) -> Any:
@@ -67,16 +68,26 @@ def olmoe(config: DecoderConfig, device: torch.device) -> Any:
         return OlmoeForCausalLM(theirs)
 
 
-def training_step(model: Any, tokens_BS: Tensor) -> Step:
-    """Loss, gradients, clipping and AdamW, as transformers' users write them."""
+def training_step(model: Any, pieces: Sequence[Tensor], *, autocast: bool = False) -> Step:
+    """Loss, gradients, clipping and AdamW, as transformers' users write them.
+
+    Args:
+        model: A causal language model.
+        pieces: Micro-batches of tokens ``(B, S)``, of one shape.
+        autocast: Whether products are bfloat16.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
 
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=tokens_BS, labels=tokens_BS).loss
-        loss.backward()
+        losses = []
+        for tokens_BS in pieces:
+            with torch.autocast(tokens_BS.device.type, torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=tokens_BS, labels=tokens_BS).loss / len(pieces)
+            loss.backward()
+            losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss.detach())
+        return float(torch.stack(losses).sum())
 
     return step

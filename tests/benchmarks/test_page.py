@@ -15,6 +15,7 @@ STEP = {
     "model": "olmoe-1b-7b",
     "layers": 16,
     "rows": 4,
+    "micro_batches": 1,
     "sequence": 4096,
     "rounds": 8,
     "precision": "bfloat16",

@@ -48,6 +48,17 @@ def test_small_steps_of_all_contenders(step_gpu, script, tmp_path, capsys):
     assert other["aims"] == []
 
 
+def test_float32_parameters_and_micro_batches_have_a_file_of_their_own(step_gpu, script, tmp_path):
+    run(step_gpu, tmp_path, "--float32", "--micro-batches=2")
+    result = script("record").load("step_gpu_float32", tmp_path)
+    assert result["micro_batches"] == 2
+    assert len(result["contenders"]) == 4
+    for row in result["contenders"].values():
+        tokens = row["step_ms"] / 1e3 * row["tokens_per_second"]
+        assert tokens == pytest.approx(2 * 2 * 16, rel=1e-3)
+    assert "2 x 2 x 16 tokens a step" in script("page").render(tmp_path)
+
+
 def test_balanced_by_force_is_balanced(step_gpu):
     _, balanced, *_ = step_gpu.contenders(step_gpu.TINY)
     bench = step_gpu.Bench(torch.device("cpu"), rows=2, length=16, rounds=1, profile=False)
