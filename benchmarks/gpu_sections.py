@@ -162,8 +162,8 @@ def step(result: dict[str, Any], made_by: str) -> str:
         "## A training step on one GPU\n",
         made_by,
         f"{result['model']} with {result['layers']} layers; {result['micro_batches']} x "
-        f"{result['rows']} x {result['sequence']} tokens a step; forward, backward, clipping and AdamW; "
-        f"{result['precision']}; medians. MFU = {result['mfu_is']}.\n",
+        f"{result['rows']} x {result['sequence']} tokens a step; forward, backward, clipping and "
+        f"AdamW; {result['precision']}; medians. MFU = {result['mfu_is']}.\n",
         "| contender | tokens/s | step ms | MFU | peak GiB | parameters | active |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]

@@ -46,7 +46,10 @@ def run_per_expert(
     out_RKD = out_ND.view(num_rows, k, x_RD.shape[1])
     weight_RK1 = weight_RK.masked_fill(~grouping.valid_RK, 0).unsqueeze(-1)
     idle = [expert for expert, count in enumerate(counts) if count == 0]
-    return (out_RKD * weight_RK1).sum(dim=1).to(x_RD.dtype), idle
+    y_RD = (out_RKD * weight_RK1).sum(dim=1).to(x_RD.dtype)
+    if len(idle) == num_experts:
+        y_RD = with_zero_gradients(y_RD, [x_RD])  # x had no part in it
+    return y_RD, idle
 
 
 def _checked(expert: int, rows: Tensor, output: Any) -> Tensor:

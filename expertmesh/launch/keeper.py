@@ -3,7 +3,8 @@
 Standard input is the launching machine's hold on the job. Its first line is the order
 (``Job.order``); a line ``stop`` asks for an orderly end, ``kill`` for an immediate one, and the end
 of input, which also comes when the launching machine or the connection is gone, is a ``stop``.
-The last line of standard output is ``REPORT`` and JSON.
+The last line of standard output ends with ``REPORT`` and JSON, after what a rank may have said
+without a line's end.
 """
 
 import contextlib
@@ -18,9 +19,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from expertmesh.launch.job import MARK
+from expertmesh.launch.job import MARK, RANK_MARK
 
-REPORT = "\x1freport "
+# Two marks: a rank's line has one before its own words.
+REPORT = f"{RANK_MARK}{RANK_MARK}report "
 
 
 def main() -> int:

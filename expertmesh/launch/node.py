@@ -58,6 +58,7 @@ class Node:
         self._logs = logs
         self._events = events
         self._last_line = "it said nothing"
+        self._fault: str | None = None
         self._asked_to_stop = False
         self._report: dict[str, Any] | None = None
         keeper = ["-u", "-m", "expertmesh.launch.keeper"]
@@ -116,14 +117,15 @@ class Node:
         if found or status == 0 or self._asked_to_stop:
             return found
         consequence = -status not in _OWN_END
-        reason = f"{_ending(status)} (torchrun): {self._last_line}"
+        reason = f"{_ending(status)} (torchrun): {self._fault or self._last_line}"
         return [Failure(self.name, None, reason, consequence, time.time())]
 
     def _lost(self) -> Failure:
         if self._asked_to_stop:
             reason = "did not answer when asked to stop; look for processes left there"
             return Failure(self.name, None, reason, consequence=True, seconds=time.time())
-        reason = f"was lost (status {self._process.returncode}): {self._last_line}"
+        said = self._fault or self._last_line
+        reason = f"was lost (status {self._process.returncode}): {said}"
         return Failure(self.name, None, reason, consequence=False, seconds=0.0)
 
     def _say(self, line: str) -> None:
@@ -135,15 +137,26 @@ class Node:
             return
 
     def _read(self) -> None:
-        for line in _pipe(self._process.stdout):
-            text = line.rstrip("\n")
-            if text.startswith(REPORT):
-                self._report = json.loads(text.removeprefix(REPORT))
-            else:
-                self._last_line = text or self._last_line
-                self._logs.line(self.name, text)
-        self._process.wait()
-        self._events.put(self)
+        try:
+            for line in _pipe(self._process.stdout):
+                try:
+                    self._take(line.rstrip("\n"))
+                except (OSError, ValueError) as error:
+                    # Nobody reads along any more, a disk is full, or a report was cut off. The job
+                    # is to end, and can only if what it still says is taken from it.
+                    self._fault = f"its output could not be taken: {error}"
+                    self.close()
+        finally:
+            self._process.wait()
+            self._events.put(self)
+
+    def _take(self, line: str) -> None:
+        text, mark, report = line.partition(REPORT)
+        if mark:
+            self._report = json.loads(report)
+        if text or not mark:
+            self._last_line = text or self._last_line
+            self._logs.line(self.name, text)
 
 
 Event: TypeAlias = Node | signal.Signals

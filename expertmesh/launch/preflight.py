@@ -3,6 +3,7 @@
 import json
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,19 +123,28 @@ def _listening(place: Place, port: int, word: str) -> Iterator[Problem | None]:
         _command(place, "listen", str(port), word),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
     # Reading has no time limit of its own: ending the process is one.
+    deadline = time.monotonic() + _SECONDS
     timer = threading.Timer(_SECONDS, process.kill)
     timer.start()
     try:
-        answer = next((a for line in process.stdout if (a := _answer(line)) is not None), None)
-        if answer is None:
+        said: list[str] = []
+        answer = None
+        for line in process.stdout:
+            if (answer := _answer(line)) is not None:
+                break
+            said.append(line)
+        if answer is None and time.monotonic() >= deadline:
             yield Problem(place.name, f"did not listen on port {port} within {_SECONDS} s")
+        elif answer is None:
+            yield _ended(place, process.wait(), said)
         elif answer["error"] is not None:
             yield Problem(
                 place.name,
@@ -152,8 +162,6 @@ def _listening(place: Place, port: int, word: str) -> Iterator[Problem | None]:
             process.kill()
             process.wait()
         process.stdout.close()
-        if process.stderr is not None:
-            process.stderr.close()
 
 
 def _ask(place: Place, *words: str) -> Facts | Problem:
@@ -175,8 +183,14 @@ def _ask(place: Place, *words: str) -> Facts | Problem:
         if (answer := _answer(line)) is not None:
             return answer
     said = asked.stderr.strip().splitlines() or asked.stdout.strip().splitlines()
-    reason = said[-1].strip() if said else f"ended with status {asked.returncode}, saying nothing"
-    if asked.returncode == _SSH_FAILED:
+    return _ended(place, asked.returncode, said)
+
+
+def _ended(place: Place, status: int, said: Sequence[str]) -> Problem:
+    """Why a question came to its end without an answer; the last words tell."""
+    words = [line.strip() for line in said if line.strip()]
+    reason = words[-1] if words else f"ended with status {status}, saying nothing"
+    if status == _SSH_FAILED:
         said_by_ssh = reason.removeprefix("ssh: ")
         reason = f"ssh: {said_by_ssh}; `ssh {place.name} true` must work without a password"
     return Problem(place.name, reason)

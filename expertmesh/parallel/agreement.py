@@ -61,7 +61,7 @@ class Agreement:
         """What ``value`` is on every rank, by place.
 
         Raises:
-            RuntimeError: If another rank is gone.
+            RuntimeError: If another rank is gone, or did not come in time.
         """
         if self.size == 1:
             return [value]
@@ -72,7 +72,8 @@ class Agreement:
             rows = self._gather(torch.cat([own, own.new_zeros(longest - len(own))]))
         except RuntimeError as error:
             raise RuntimeError(
-                f"the ranks lost each other ({error}); one of them has ended"
+                f"the ranks lost each other ({error}): one of them has ended, or was waited for "
+                "longer than mesh.timeout; see what it said, or set mesh.timeout higher"
             ) from error
         return [pickle.loads(bytes(row.numpy())) for row in rows]  # reads no further than it must
 
@@ -104,8 +105,8 @@ class Agreement:
         Raises:
             UserError: The same on every rank, naming those that failed, if each failure was a
                 user's mistake, a file that cannot be used, or the system's refusal.
-            RuntimeError: On ranks that did not fail, if another failed in any other way; that one
-                raises its own error.
+            RuntimeError: If one failed in any other way: on every rank too, but where no failure
+                was of the first kinds, those that failed raise their own errors.
         """
         own: Exception | None = None
         try:
@@ -120,11 +121,13 @@ class Agreement:
         }
         if not failed:
             return
-        if all(report.by_user for report in failed.values()):
+        by_user = {report.by_user for report in failed.values()}
+        if by_user == {True}:
             raise UserError(self._joined(failed)) from own
-        if own is not None:
+        if by_user == {False} and own is not None:
             raise own
-        raise RuntimeError(self._joined(failed))
+        # A UserError is taken to be the same everywhere, so none may be raised on some ranks.
+        raise RuntimeError(self._joined(failed)) from own
 
     def _joined(self, failed: dict[int, _Report]) -> str:
         ranks_of: dict[str, list[int]] = {}

@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 from expertmesh.kernels.cross_entropy.chunked import LOGITS_AT_ONCE
 from expertmesh.models.config import DecoderConfig
-from expertmesh.models.experts import form_of
 from expertmesh.parallel.fake import FakeRank, Stored
 
 _ID = 4  # bytes of an expert's id on its way
@@ -121,32 +120,34 @@ def memory(rank: FakeRank, work: Work) -> dict[str, int]:
 
 
 def in_flight(rank: FakeRank, work: Work) -> int:
-    """Forward passes of a stage of this rank that wait for their backward pass, at most.
+    """Forward passes of this rank's stages that wait for their backward pass, at most.
 
-    ``min(M, pp - r)`` for pipeline rank r with 1F1B, and interleaved with v stages of each rank
-    ``min(v M, (v - 1) pp + 2 (pp - r - 1) + 1)``.
+    For pipeline rank r ``pp - r`` with 1F1B, and M with fewer micro-batches than ranks, which go
+    through GPipe. Interleaved with v stages of each rank, and rounds of m micro-batches, where
+    ``m = M / max(1, M // pp)``, they are ``min(v M, (v - 1) m + 2 (pp - r - 1) + 1)``.
     """
     pp, place = work.degrees["pp"], rank.coordinates["pp"]
     stages, num_micro_batches = work.per_rank, work.num_micro_batches
     if stages == 1:
-        return min(num_micro_batches, pp - place)
-    return min(stages * num_micro_batches, (stages - 1) * pp + 2 * (pp - place - 1) + 1)
+        return num_micro_batches if num_micro_batches < pp else pp - place
+    round_size = num_micro_batches // max(1, num_micro_batches // pp)
+    return min(stages * num_micro_batches, (stages - 1) * round_size + 2 * (pp - place - 1) + 1)
 
 
 def activations(rank: FakeRank, work: Work) -> int:
     """Bytes that forward passes keep for backward, without scores of attention.
 
-    For a token, with w bytes of a wide and n of a narrow number; x is what several products keep
-    of their common input, ``D w``, or under autocast, which rounds it for each of them, ``D n``
-    times their number:
+    For a token, with w bytes of a wide and n of a narrow number; what a norm gives is narrow, and
+    kept once for all products that read it:
 
     - norms: ``2 D w`` each (input and quotient; fused norms of GPUs need half);
-    - attention: ``tp x``; n for each number of queries, keys, values (of all slices) and output,
+    - attention: ``tp D n``; n for each number of queries, keys, values (of all slices) and output,
       the latter in two layouts;
-    - dense MLP of P parts, 2 or doubly gated 3: ``x + 2 P F n``;
+    - dense MLP of P parts, 2 or doubly gated 3: ``D n + 2 P F n``;
     - MoE: ``D w + 2 E w`` of the router, ``r D n`` of dispatched rows, where a token has r
       (``Work.rows_per_token``), ``P K F n`` before the activation, ``36 r K`` of weights, ids and
-      places, and a shared MLP as a dense one; an extra MLP with its norm;
+      places, and a shared MLP as a dense one; an extra MLP with its norm. What is the same tensor,
+      the router's input where nothing is rounded and the rows on one rank, counts once;
     - after the last norm: ``D w``, the gradient that the loss keeps, for one micro-batch, and
       ``w + n`` for each of the logits that live at a time. The output weight's gradient, whole
       from the forward pass on, is among the gradients of ``memory``.
@@ -269,12 +270,11 @@ def _attention(work: Work, forwards: int) -> dict[str, float]:
     """What one block's attention sends for one micro-batch."""
     config, tp, cp = work.config, work.degrees["tp"], work.degrees["cp"]
     own, whole = work.num_tokens, work.rows * work.slice_len
-    given = (tp - 1) * own * config.dim * work.wide
-    taken = (tp - 1) * own * config.dim * work.narrow
+    rows = (tp - 1) * own * config.dim * work.narrow
     keys = (cp - 1) * whole * _key_values(config) // tp * work.narrow
     sent: dict[str, float] = {
-        "all-gather": forwards * (given + keys) + taken,
-        "reduce-scatter": forwards * taken + given + keys,
+        "all-gather": forwards * (rows + keys) + rows,
+        "reduce-scatter": forwards * rows + rows + keys,
     }
     if config.attention == "gqa" and config.qk_norm == "full":
         squares = 2 * whole * work.wide
@@ -286,9 +286,7 @@ def _exchanged(work: Work, forwards: int) -> float:
     """What one MoE block sends for one micro-batch over the expert ranks."""
     ranks, k = work.expert_ranks, work.config.experts_per_token
     leaving = work.num_tokens * work.rows_per_token * (ranks - 1) / ranks
-    # Experts that scale their input do so before they round it.
-    number = work.wide if form_of(work.config) == "scaled_input" else work.narrow
-    row = work.config.dim * number
+    row = work.config.dim * work.narrow
     forward = 2 * row + k * (work.wide + _ID)
     backward = 2 * row + k * work.wide
     return leaving * (forwards * forward + backward)
@@ -307,29 +305,24 @@ def _block(work: Work, block: int) -> float:
     """Bytes that one block keeps of one token."""
     config, wide, narrow = work.config, work.wide, work.narrow
     dim = config.dim
-    kept: float = 4 * dim * wide + work.degrees["tp"] * _input(work, 3)
+    kept: float = 4 * dim * wide + work.degrees["tp"] * dim * narrow
     kept += _attended(config, work.degrees["cp"]) * narrow
     parts = {"gated": 2, "doubly_gated": 3}[config.mlp]
-    dense = _input(work, parts) + 2 * parts * (config.dense_hidden or 0) * narrow
+    dense = dim * narrow + 2 * parts * (config.dense_hidden or 0) * narrow
     if not config.is_moe(block):
         return kept + dense
     if config.extra_mlp:
         kept += 2 * dim * wide + dense
     rows, k = work.rows_per_token, config.experts_per_token
     kept += dim * wide + 2 * config.num_experts * wide
-    # On one rank, and without rounding, the rows are the norm's output itself.
-    kept += (rows * dim * narrow) if work.expert_ranks > 1 or narrow < wide else 0
     kept += parts * k * config.expert_hidden * narrow + 36 * rows * k
-    if config.num_shared_experts:
-        hidden = config.num_shared_experts * config.expert_hidden
-        kept += 2 * parts * hidden * narrow + (parts * dim * narrow if narrow < wide else 0)
+    kept += 2 * parts * config.num_shared_experts * config.expert_hidden * narrow
+    if work.expert_ranks > 1:
+        kept += rows * dim * narrow
+    # The norm's output: on one rank it is the rows, and without rounding what the router keeps.
+    if narrow < wide and (work.expert_ranks == 1 or config.num_shared_experts):
+        kept += dim * narrow
     return kept
-
-
-def _input(work: Work, products: int) -> int:
-    """What so many products keep of their common input."""
-    dim = work.config.dim
-    return dim * work.wide if work.narrow == work.wide else products * dim * work.narrow
 
 
 def _attended(config: DecoderConfig, slices: int) -> int:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
 from expertmesh.parallel.experts import distinct_moe_layers, place_experts
 from expertmesh.parallel.fsdp import copy_values_of_first_rank
@@ -24,8 +24,9 @@ def ddp(
 
     DDP averages gradients over all ranks. Experts are left out of that: each gradient is summed
     over the ranks that hold copies of the expert and divided by the number of all ranks, which
-    gives what DDP would have given for an expert on every rank. ``no_sync`` works for both.
-    Balance losses are taken over all ranks' tokens and count once, as in one process; in
+    gives what DDP would have given for an expert on every rank. That is done at the end of a
+    backward pass, where a gradient that some ranks do not have counts as zero. ``no_sync`` works
+    for both. Balance losses are taken over all ranks' tokens and count once, as in one process; in
     accumulation tell the layers each micro-batch's share with ``set_loss_scale``.
 
     Give the optimizer ``param_groups(model)``, and clip with ``clip_grad_norm_(model, max_norm,
@@ -34,9 +35,9 @@ def ddp(
 
     Args:
         model: On this rank's device, the same on all ranks; those of the first rank count.
-        mesh: Over all ranks of the process group; its axes pp, cp and tp are 1.
+        mesh: Its axes pp, cp and tp are 1; this rank must be in it.
         dispatch: As for ``parallelize``.
-        options: For ``DistributedDataParallel``.
+        options: For ``DistributedDataParallel``; the process group is the mesh's.
 
     Returns:
         The wrapped model.
@@ -51,6 +52,11 @@ def ddp(
             f"DDP copies everything but the experts, got a mesh with {', '.join(cut)} above 1; "
             "use expertmesh.parallelize for those"
         )
+    if "process_group" in options or "device_mesh" in options:
+        raise UserError(
+            "DDP averages over the ranks of the mesh, got process_group or device_mesh besides; "
+            "leave it out, and give Mesh the ranks"
+        )
     if mesh.world == 1:
         raise UserError("DDP needs several processes, got a mesh of one; start with torchrun")
     check_free(model, "ddp")
@@ -58,7 +64,9 @@ def ddp(
     place_experts(model, mesh, dispatch=dispatch, averaged=mesh.world)
     _leave_to_us(model)
     # Known to be equal already; and of the experts DDP must not copy one rank's to all.
-    wrapped = DistributedDataParallel(model, init_sync=False, **options)
+    wrapped = DistributedDataParallel(
+        model, process_group=mesh.everyone.process_group, init_sync=False, **options
+    )
     _Reduction(wrapped, mesh)
     refuse_wrappers(wrapped, "ddp")
     return wrapped
@@ -83,19 +91,28 @@ def param_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
 
 
 class _Reduction:
-    """Brings the experts' gradients together whenever DDP does so with the others."""
+    """Brings the experts' gradients together whenever DDP does so with the others.
+
+    At the end of a backward pass, in one order: gradients come in an order that depends on which
+    experts are idle on a rank, and some do not come at all, so none may be waited for as it comes.
+    """
 
     def __init__(self, wrapped: DistributedDataParallel, mesh: Mesh) -> None:
         self._wrapped = wrapped
         self._copies = mesh.group("edp")
         self._tokens_from = mesh.group(("ep", "etp")).size
+        self._experts = [p for p in _expert_parameters(wrapped.module) if p.requires_grad]
         self._syncs = True
+        self._queued = False
         # DDP decides at a forward pass whether the backward pass that follows brings together.
         wrapped.register_forward_pre_hook(self._remember)
-        for param in _expert_parameters(wrapped.module):
-            if param.requires_grad:
-                param.register_hook(self._share)
-                param.register_post_accumulate_grad_hook(self._average)
+        for param in self._experts:
+            param.register_hook(self._share)
+        if self._copies.process_group is not None:
+            # Of all parameters: a rank's experts may have no gradient where another's have one.
+            for param in wrapped.module.parameters():
+                if param.requires_grad:
+                    param.register_post_accumulate_grad_hook(self._queue)
 
     def _remember(self, *_: Any) -> None:
         if torch.is_grad_enabled():
@@ -105,16 +122,31 @@ class _Reduction:
         """An increment holds the sum over the ranks whose tokens came here."""
         return grad / self._tokens_from
 
-    def _average(self, param: Tensor) -> None:
-        if self._syncs and param.grad is not None:
-            _average_over(shard_of(param.grad).local, self._copies)
+    def _queue(self, _: Tensor) -> None:
+        if self._syncs and not self._queued:
+            self._queued = True
+            Variable._execution_engine.queue_callback(self._average)
 
+    @torch.no_grad()
+    def _average(self) -> None:
+        self._queued = False
+        for param, used in zip(self._experts, self._used(), strict=True):
+            if not used:
+                continue
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            grad = shard_of(param.grad).local
+            dist.all_reduce(grad, group=self._copies.process_group)
+            grad /= self._copies.size
 
-@torch.no_grad()
-def _average_over(grad: Tensor, group: Group) -> None:
-    if group.process_group is not None:
-        dist.all_reduce(grad, group=group.process_group)
-        grad /= group.size
+    def _used(self) -> list[bool]:
+        """Whether a parameter has a gradient on some rank; DDP asks that only if told to."""
+        if not self._wrapped.find_unused_parameters:
+            return [True] * len(self._experts)
+        used = torch.tensor([p.grad is not None for p in self._experts], dtype=torch.uint8)
+        used = used.to(self._copies.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._copies.process_group)
+        return [bool(value) for value in used.tolist()]
 
 
 def _expert_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -29,12 +29,14 @@ def distinct_moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def check_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Refuse a model whose experts do not fit the mesh.
+def check_experts(model: nn.Module, mesh: Mesh, dispatch: str) -> None:
+    """Refuse a model whose experts do not fit the mesh, and an unknown way of moving tokens.
 
     Raises:
         UserError: Naming the layer's numbers and what would work.
     """
+    if dispatch not in DISPATCHERS:
+        raise UserError(f"dispatch must be one of {', '.join(DISPATCHERS)}, got {dispatch!r}")
     ep, etp = mesh.degree("ep"), mesh.degree("etp")
     for moe in distinct_moe_layers(model):
         experts = moe.experts
@@ -72,9 +74,7 @@ def place_experts(
         dispatch: A key of ``DISPATCHERS``.
         averaged: Ranks over which gradients will be averaged (DDP); 1 where they are summed.
     """
-    if dispatch not in DISPATCHERS:
-        raise UserError(f"dispatch must be one of {', '.join(DISPATCHERS)}, got {dispatch!r}")
-    check_experts(model, mesh)
+    check_experts(model, mesh, dispatch)
     if mesh.world == 1:
         return
     for moe in distinct_moe_layers(model):

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from expertmesh.errors import UserError
 from expertmesh.experts import Experts
@@ -33,7 +32,6 @@ class Stored:
 
     Attributes:
         name: The parameter's.
-        unit: The name of the module that it is gathered with.
         expert: Whether it is the experts'.
         held: Bytes of this rank's piece.
         ranks: Those that hold pieces, or in ZeRO stage 0 copies, and sum its gradient.
@@ -42,7 +40,6 @@ class Stored:
     """
 
     name: str
-    unit: str
     expert: bool
     held: int
     ranks: int
@@ -136,13 +133,9 @@ def _stored(model: nn.Module, zero: int, expert_zero: int) -> Iterator[Stored]:
     for name, parameter in model.named_parameters():
         owners = [modules[owner] for owner in _prefixes(name)]
         expert = any(isinstance(owner, Experts) for owner in owners)
-        unit = next(
-            (owner for owner in _prefixes(name) if isinstance(modules[owner], FSDPModule)), ""
-        )
         local = shard_of(parameter).local
         yield Stored(
             name=name,
-            unit=unit,
             expert=expert,
             held=local.numel() * local.element_size(),
             ranks=_storage_ranks(parameter),

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from expertmesh.errors import UserError
 from expertmesh.experts import Experts
-from expertmesh.parallel.experts import distinct_moe_layers, place_experts
+from expertmesh.parallel.experts import check_experts, distinct_moe_layers, place_experts
 from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.tensor import shard_attention, tensor_parallel_groups
@@ -86,12 +86,16 @@ def parallelize(
         place_experts(model, mesh, dispatch=dispatch)
         return model
     check_free(model, "parallelize")
+    check_experts(model, mesh, dispatch)
     copy_values_of_first_rank(model, mesh)
     if mesh.degree("tp") > 1:
         shard_attention(model, mesh)
-    place_experts(model, mesh, dispatch=dispatch)
-    _shard_storage(model, mesh, zero, expert_zero)
-    refuse_wrappers(model, "parallelize")
+    try:
+        place_experts(model, mesh, dispatch=dispatch)
+        _shard_storage(model, mesh, zero, expert_zero)
+    finally:
+        # Also of a model that is only half laid out: it must not be laid out again.
+        refuse_wrappers(model, "parallelize")
     return model
 
 

@@ -5,8 +5,7 @@ balance losses, and the gradients of all of them add up as those of one large ba
 is scaled by the number of micro-batches: each brings its part of the step's one loss.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,13 +104,13 @@ class Pipeline:
         return self._run(pieces, scale, train=True)
 
     @torch.no_grad()
-    def evaluate(self, pieces: Sequence[Piece]) -> Tensor:
-        """The loss of micro-batches as ``step`` returns it, without gradients.
+    def evaluate(self, piece: Piece) -> Tensor:
+        """The loss of one micro-batch as ``step`` returns it, without gradients.
 
-        They may have several shapes: a split's last batch is often smaller.
+        One at a time, for a split's last batch is often of another shape, on some data ranks only:
+        all must take stages and micro-batches in one order.
         """
-        losses = [self._run(run, 1.0, train=False) for run in self._runs(pieces)]
-        return torch.stack(losses).sum()
+        return self._run([piece], 1.0, train=False)
 
     def _run(self, pieces: Sequence[Piece], scale: float, *, train: bool) -> Tensor:
         self._check(pieces)
@@ -122,18 +121,6 @@ class Pipeline:
             # The one before is dropped: a plan holds a buffer for every micro-batch.
             plan = self._plans[train] = _Plan(self, len(pieces), shape, train=train)
         return plan.run(pieces, scale)
-
-    def _runs(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-        """Pieces of one shape that follow each other; one by one through interleaved stages.
-
-        What has one shape here may have several on other data ranks. They must all take stages
-        and micro-batches in one order, which interleaved stages would make depend on the run.
-        """
-        if self.stages.per_rank > 1:
-            yield from ([piece] for piece in pieces)
-            return
-        for _, run in itertools.groupby(pieces, key=lambda piece: piece.tokens_BS.shape):
-            yield list(run)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         if not pieces:
@@ -282,8 +269,8 @@ def _schedule(torch_stages: list[Any], num_pieces: int, *, train: bool) -> _Pipe
         return ScheduleInterleaved1F1B(torch_stages, num_pieces, loss_fn, scale_grads=False)
     stage = torch_stages[0]
     if num_pieces < stage.num_stages or not train:
-        # torch's 1F1B refuses too few micro-batches. With these, and without a backward pass, the
-        # order is the same.
+        # torch's 1F1B refuses fewer micro-batches than stages. GPipe keeps all of these, which late
+        # stages would not need to, and without a backward pass nothing is kept.
         return ScheduleGPipe(stage, num_pieces, loss_fn, scale_grads=False)
     return Schedule1F1B(stage, num_pieces, loss_fn, scale_grads=False)
 

@@ -14,29 +14,29 @@ T = TypeVar("T")
 def together(batches: Iterable[T], mesh: Mesh) -> Iterator[T]:
     """Yield each rank's batches while every rank has one.
 
-    A rank whose data ends before the others' would leave them waiting in the next collective.
-    Here all ranks learn of it before anything is computed. Ends quietly where all end together.
+    A rank whose data ends before the others', or fails, would leave them waiting in the next
+    collective. Here all ranks learn of it before anything is computed. Ends quietly where all end
+    together.
 
     Args:
         batches: This rank's.
         mesh: All ranks that train together.
 
     Raises:
-        UserError: On every rank, naming those whose data ended first.
+        UserError: On every rank, naming those whose data ended first, or could not be read.
+        RuntimeError: As ``Agreement.together``, if it failed in any other way.
 
     Example:
         >>> for batch in together(loader, mesh):
         ...     model(batch).backward()
     """
     ranks = Agreement(mesh.everyone)
-    iterator = iter(batches)
+    with ranks.together():
+        iterator = iter(batches)
     for number in itertools.count():
-        try:
-            batch = next(iterator)
-            ended = False
-        except StopIteration:
-            ended = True
-        answers = ranks.gather(ended)
+        with ranks.together():
+            taken = list(itertools.islice(iterator, 1))
+        answers = ranks.gather(not taken)
         if all(answers):
             return
         if any(answers):
@@ -45,4 +45,4 @@ def together(batches: Iterable[T], mesh: Mesh) -> Iterator[T]:
                 f"the data of rank {', '.join(map(str, first))} ended after {number} batches, and "
                 "the other ranks have more; give every rank as many, or let the data repeat"
             )
-        yield batch
+        yield from taken

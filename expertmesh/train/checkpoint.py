@@ -74,9 +74,16 @@ class Checkpoint:
                 raise UserError(f"{listed}{more}; the checkpoint is not used")
 
     def state(self) -> dict[str, Any]:
-        """What ``save`` was given beside the tensors."""
-        state: dict[str, Any] = json.loads((self.path / STATE).read_text())
-        return state
+        """What ``save`` was given beside the tensors, as the first rank reads it.
+
+        Raises:
+            UserError: On every rank, if it cannot be read.
+        """
+        state: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.first:
+                state = json.loads((self.path / STATE).read_text())
+        return self.ranks.gather(state)[0]
 
     def load_model(self, model: nn.Module) -> None:
         """Copy the weights into ``model``, each rank what it holds of it.
@@ -130,7 +137,7 @@ class CheckpointFolder:
 
     Args:
         path: ``RUN/checkpoints``; made when the first one is saved.
-        keep: How many of the newest to keep.
+        keep: How many of the newest to keep; those found damaged do not count.
         group: Those that hold the model together; None is this process alone.
     """
 
@@ -142,6 +149,7 @@ class CheckpointFolder:
         # Two, so that reading may go on while a thread writes.
         self._readers, self._writers = Agreement(group), Agreement(group)
         self._saving: Saving | None = None
+        self._damaged: set[int] = set()
 
     def complete(self) -> list[Checkpoint]:
         """Finished checkpoints, oldest first, as this rank sees them.
@@ -161,6 +169,17 @@ class CheckpointFolder:
             key=lambda checkpoint: checkpoint.step,
         )
 
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first, as the first rank sees them.
+
+        Raises:
+            UserError: On every rank, if the folder cannot be looked at.
+        """
+        own: list[int] = []
+        with self._readers.together():
+            own = [checkpoint.step for checkpoint in self.complete()]
+        return self._readers.gather(own)[0]
+
     def newest_valid(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose hashes agree, after a save under way has ended.
 
@@ -174,13 +193,13 @@ class CheckpointFolder:
         self.wait()
         refused: list[str] = []
         # The first rank says what there is: ranks that see other folders must not part ways.
-        found = self._readers.gather([checkpoint.step for checkpoint in self.complete()])[0]
-        for step in reversed(found):
+        for step in reversed(self.steps()):
             checkpoint = Checkpoint(self._folder(step), step, self._readers)
             try:
                 checkpoint.verify()
             except UserError as error:
                 refused.append(str(error))
+                self._damaged.add(step)
             else:
                 return checkpoint, refused
         if refused:
@@ -227,7 +246,7 @@ class CheckpointFolder:
             state={"step": step, **state},
             final=self._folder(step),
             ranks=self._writers,
-            last_good=lambda: [str(checkpoint.path) for checkpoint in self.complete()],
+            last_good=lambda: [str(checkpoint.path) for checkpoint in self._undamaged()],
             then=lambda: self._remove_old(step),
         )
         if asynchronous:
@@ -250,11 +269,17 @@ class CheckpointFolder:
     def _folder(self, step: int) -> Path:
         return self.path / f"step_{step:08d}"
 
+    def _undamaged(self) -> list[Checkpoint]:
+        return [each for each in self.complete() if each.step not in self._damaged]
+
     def _remove_old(self, saved: int) -> None:
-        # Newer ones than the one just saved were passed over as damaged: they are not among those
-        # that can be continued, so they must not push one out.
-        usable = [checkpoint for checkpoint in self.complete() if checkpoint.step <= saved]
-        for old in usable[: -self.keep]:
+        self._damaged.discard(saved)
+        # Damaged ones cannot be continued, so they must not push out one that can; nor must those
+        # newer than the one just saved, which were passed over as damaged.
+        kept = [each for each in self._undamaged() if each.step <= saved][-self.keep :]
+        for old in self.complete():
+            if old.step >= kept[0].step:
+                break
             # Renamed first: whoever looks meanwhile must not find half of it under its name.
             leaving = self.path / f"{UNFINISHED}{old.path.name}"
             try:

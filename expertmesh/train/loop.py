@@ -251,7 +251,7 @@ class Trainer:
             return build_data(self.run.data, say=lambda _: None)
 
     def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        if self.run.run.resume == "none" and self.checkpoints.complete():
+        if self.run.run.resume == "none" and self.checkpoints.steps():
             raise UserError(
                 f"{self.run.folder} already holds a run, and run.resume is 'none'; "
                 'set run.resume = "auto" to continue it, or run.dir to a new folder'

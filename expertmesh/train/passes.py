@@ -166,9 +166,8 @@ class ThroughPipeline(Passes):
         return self._everyones(self.pipeline.step(pieces, scale=scale))
 
     def nats(self, batch: Batch) -> float:
-        # One at a time: those at the end of a data set may be of another shape.
         pieces = self._pieces(batch, 0, 0, PLAIN, 1.0)
-        parts = [self.pipeline.evaluate([piece]) for piece in pieces]
+        parts = [self.pipeline.evaluate(piece) for piece in pieces]
         return float(self._everyones(sum(parts[1:], parts[0])))
 
     def _pieces(

@@ -106,11 +106,17 @@ class Saving:
         hashes = {file.name: file.sha256 for file in [*written, *described]}
         write_json(folder / MANIFEST, {"files": hashes})
         flush_folder(folder)
-        if self._final.exists():
-            shutil.rmtree(self._final)
-        folder.rename(self._final)
-        flush_folder(self._final.parent)
+        self._put_in_place()
         self._then()
+
+    def _put_in_place(self) -> None:
+        """Rename the folder to its name; one that has it goes only when it is replaced."""
+        replaced = self._final.with_name(f"{self._unfinished.name}-old")
+        if self._final.exists():
+            self._final.rename(replaced)
+        self._unfinished.rename(self._final)
+        flush_folder(self._final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _cannot(self, error: UserError) -> str:
         earlier = self._last_good()

@@ -76,10 +76,10 @@ def empty_optimizer_tensors(
 
     Returns:
         Uninitialised tensors by name: what has a parameter's shape is placed as the parameter is,
-        scalars are plain.
+        scalars are plain. None for parameters without saved state: those had no gradient yet.
 
     Raises:
-        UserError: Naming parameters without saved state, and saved state without a parameter.
+        UserError: Naming saved state that has no parameter, or one of another shape.
     """
     params = optimized(model, optimizer)
     states: dict[str, list[str]] = {}
@@ -90,11 +90,12 @@ def empty_optimizer_tensors(
         name: _stands_for(params.get(name), [saved[f"{name}/{key}"] for key in keys])
         for name, keys in states.items()
     }
-    faults = _faults(params, shaped, elsewhere)
+    known = {name: param for name, param in params.items() if name in states}
+    faults = _faults(known, shaped, elsewhere)
     _raise_if(faults, f"{source} holds the optimizer state of another model")
     return {
         f"{name}/{key}": _empty(param, saved[f"{name}/{key}"])
-        for name, param in params.items()
+        for name, param in known.items()
         for key in states[name]
     }
 
@@ -120,14 +121,15 @@ def set_optimizer_tensors(
     Args:
         model: Names the parameters.
         optimizer: Takes the tensors, uncopied where they are on its parameters' devices.
-        tensors: The state of every one of its parameters.
+        tensors: The state of its parameters; one without any begins anew.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in tensors.items():
         name, _, key = entry.rpartition("/")
         state.setdefault(name, {})[key] = tensor
     whole: dict[str, Any] = optimizer.state_dict()
-    whole["state"] = {index: state[name] for index, name in enumerate(optimized(model, optimizer))}
+    names = optimized(model, optimizer)
+    whole["state"] = {index: state[name] for index, name in enumerate(names) if name in state}
     optimizer.load_state_dict(whole)
 
 

@@ -117,6 +117,23 @@ def test_a_port_that_is_taken():
             check_hosts([ThisMachine()], port=port, folder="/")
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import time; time.sleep(60)", "did not listen on port 7 within 1 s"),
+        ("raise SystemExit('python: no such option')", "python: no such option"),
+        (
+            "import os; os.write(2, b'kex_exchange: reset by peer\\n'); os._exit(255)",
+            "ssh: kex_exchange: reset by peer; `ssh first true` must work without a password",
+        ),
+    ],
+)
+def test_a_first_host_that_does_not_listen(monkeypatch, source, reason):
+    monkeypatch.setattr(preflight, "_SECONDS", 1)
+    with preflight._listening(FakePlace("first", source), 7, "word") as problem:
+        assert problem == preflight.Problem("first", reason)
+
+
 def test_a_first_host_that_cannot_be_reached():
     port = free_port()
     deaf = named("deaf", **{"(address, int(port))": "('127.0.0.1', 1)"})

@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from expertmesh.errors import UserError
+from expertmesh.parallel.agreement import Agreement
 from expertmesh.parallel.checkpoint import save
 from expertmesh.parallel.mesh import Mesh
-from expertmesh.train.checkpoint import CheckpointFolder
+from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
 from tests.parallel import cuts
 
 
@@ -137,6 +138,14 @@ def load_another_model(path: Path) -> tuple[str, str, bool]:
     return *messages, untouched
 
 
+def on_disks_of_their_own(path: Path) -> tuple[list[int], dict[str, Any], str]:
+    """What a rank is told where only the first rank's folder holds checkpoints."""
+    group, own = Mesh().everyone, path / str(dist.get_rank())
+    state = Checkpoint(own / "step_00000002", 2, Agreement(group)).state()
+    lacking = message(Checkpoint(own / "step_00000003", 3, Agreement(group)).state)
+    return CheckpointFolder(own, group=group).steps(), state, lacking
+
+
 def load_without_a_file(path: Path, name: str) -> str:
     """A file is gone after the hashes were compared."""
     model, _ = cuts.build(cuts.zero_3, seed=1)
@@ -169,6 +178,27 @@ def trains_while_saving(path: Path) -> tuple[cuts.Values, int, int]:
         may_write.set()
         folder.wait()
     return before, num_before, len(folder.complete())
+
+
+def before_the_first_step(path: Path) -> int:
+    """Save and load an optimizer that has no state yet, and go on; how much it has then."""
+    group = Mesh().everyone
+    folder = CheckpointFolder(path, group=group)
+    folder.save(1, *cuts.build(cuts.zero_3, seed=0), {})
+    checkpoint, _ = folder.newest_valid()
+    assert checkpoint is not None
+    model, optimizer = cuts.build(cuts.zero_3, seed=1)
+    checkpoint.load_model(model)
+    checkpoint.load_optimizer(model, optimizer)
+    assert not optimizer.state
+    cuts.train(model, optimizer)
+    return len(optimizer.state)
+
+
+def alone_with_a_part(path: Path) -> str:
+    """Each rank saves what it holds without saying who holds the rest."""
+    model, optimizer = cuts.build(cuts.zero_3, seed=0)
+    return message(CheckpointFolder(path).save, 3, model, optimizer, {})
 
 
 def different_tensors_of_one_name(path: Path) -> str:

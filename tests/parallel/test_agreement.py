@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -82,6 +83,30 @@ def test_what_all_say_is_said_once() -> None:
 def test_a_defect_is_raised_where_it_is_and_reported_elsewhere() -> None:
     zero, one = run_on_ranks(2, outcome, {0: TypeError("b")})
     assert (zero, one) == ("TypeError: b", "RuntimeError: rank 0: TypeError: b")
+
+
+def test_mistakes_beside_a_defect_are_no_mistakes_on_any_rank() -> None:
+    faults = {0: TypeError("b"), 1: UserError("a")}
+    expected = "RuntimeError: rank 0: TypeError: b; rank 1: a"
+    assert run_on_ranks(3, outcome, faults) == [expected] * 3
+
+
+def comes_late() -> str:
+    """What rank 0 says of one that is not there in time."""
+    ranks = Agreement(Mesh(timeout=1.0).everyone)
+    ranks.gather(0)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError) as caught:
+            ranks.gather(1)
+        return str(caught.value)
+    time.sleep(1.5)
+    return ""
+
+
+def test_a_rank_that_is_slow_is_not_said_to_have_ended() -> None:
+    message = run_on_ranks(2, comes_late, timeout=30)[0]
+    assert "one of them has ended, or was waited for longer than mesh.timeout" in message
+    assert "set mesh.timeout higher" in message
 
 
 def test_a_thread_may_talk_while_the_ranks_do() -> None:

@@ -188,6 +188,13 @@ def test_a_damaged_shard_is_named_and_the_one_before_is_used(tmp_path: Path) -> 
     assert f"{tmp_path}/step_00000001/state.json is missing" in text
 
 
+def test_the_first_rank_says_what_there_is(tmp_path: Path) -> None:
+    CheckpointFolder(tmp_path / "0").save(2, *cuts.build(cuts.alone, seed=0), {"tokens": 5})
+    missing = f"UserError: rank 0: {tmp_path}/0/step_00000003/state.json: No such file or directory"
+    expected = ([2], {"step": 2, "tokens": 5}, missing)
+    assert run_on_ranks(2, faults.on_disks_of_their_own, tmp_path, timeout=30) == [expected] * 2
+
+
 def test_a_shard_that_is_gone_when_it_is_read_is_named(tmp_path: Path) -> None:
     run_on_ranks(2, cuts.save, tmp_path, cuts.zero_3)
     name = "model-00002-of-00002.safetensors"
@@ -208,8 +215,19 @@ def test_every_tensor_that_does_not_fit_is_named_and_none_is_loaded(tmp_path: Pa
     ):
         assert part in text
     text = same([optimizer for _, optimizer, _ in answers])
-    assert "holds the optimizer state of another model; missing: extra" in text
-    assert "misshapen: gain (expected (2,), got (1,))" in text
+    assert "holds the optimizer state of another model; misshapen: gain (expected (2,), " in text
+
+
+def test_ranks_load_what_they_saved_before_the_first_step(tmp_path: Path) -> None:
+    num_parameters = len(list(cuts.Model().parameters()))
+    assert run_on_ranks(2, faults.before_the_first_step, tmp_path) == [num_parameters] * 2
+
+
+def test_a_part_is_not_saved_as_the_whole(tmp_path: Path) -> None:
+    for text in run_on_ranks(2, faults.alone_with_a_part, tmp_path):
+        assert "and this process, which saves alone, holds only (" in text
+        assert "group=mesh.everyone" in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_name_for_different_tensors_is_refused(tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
         Case({"ep": 4}, zero=2, rounded=True),
         Case({"ep": 2, "etp": 2}, zero=3, rounded=True, shape={"expert_form": "scaled_input"}),
         Case({"tp": 2, "ep": 4}, zero=2, shape={"qk_norm": "full"}),
+        Case({"tp": 2, "ep": 4}, zero=2, rounded=True),
         Case({"cp": 2, "ep": 4}, zero=3),
         Case({"pp": 2, "ep": 2}, zero=2, num_micro_batches=3),
         Case({"pp": 2, "edp": 2}, zero=3, expert_zero=1, num_micro_batches=3),
@@ -255,10 +256,10 @@ def _rank(place: int, *parameters: Stored) -> FakeRank:
 
 def test_what_is_together_for_a_while() -> None:
     parameters = (
-        Stored("embedding.weight", "", False, held=10, ranks=4, copied=False, shape=(2, 5)),
-        Stored("blocks.0.a", "blocks.0", False, held=5, ranks=4, copied=False, shape=(5,)),
-        Stored("blocks.0.moe.experts.up", "blocks.0.moe.experts", True, 100, 2, False, (4, 5, 10)),
-        Stored("blocks.1.a", "blocks.1", False, held=7, ranks=4, copied=False, shape=(7,)),
+        Stored("embedding.weight", False, held=10, ranks=4, copied=False, shape=(2, 5)),
+        Stored("blocks.0.a", False, held=5, ranks=4, copied=False, shape=(5,)),
+        Stored("blocks.0.moe.experts.up", True, 100, 2, False, (4, 5, 10)),
+        Stored("blocks.1.a", False, held=7, ranks=4, copied=False, shape=(7,)),
     )
     base = Case({"ep": 2}).work
     for zero, expert_zero, gathered, gradients in (
@@ -279,9 +280,9 @@ def test_what_is_together_for_a_while() -> None:
 
 
 def passes_in_flight(case: Case) -> int:
-    """On a rank of two: the most forward passes that wait for their backward pass."""
+    """On a rank: the most forward passes that wait for their backward pass."""
     stages = case.stages
-    mesh = Mesh(pp=2)
+    mesh = Mesh(pp=case.degrees["pp"])
     model = keep_stages(DecoderLM(case.config), stages, mesh.coordinates["pp"])
     waiting, most = 0, 0
 
@@ -302,13 +303,18 @@ def passes_in_flight(case: Case) -> int:
     return most
 
 
-@pytest.mark.parametrize("per_rank", [1, 2])
-@pytest.mark.parametrize("num_micro_batches", [1, 6])
-def test_as_many_passes_wait_as_the_formula_says(per_rank: int, num_micro_batches: int) -> None:
-    case = Case({"pp": 2}, per_rank=per_rank, num_micro_batches=num_micro_batches)
-    actual = run_on_ranks(2, passes_in_flight, case)
-    work = replace(case.work, degrees={**case.work.degrees, "pp": 2, "dp": 1})
-    assert actual == [in_flight(_rank(place), work) for place in range(2)]
+@pytest.mark.parametrize(
+    ("pp", "per_rank", "num_micro_batches"),
+    # Fewer micro-batches than ranks, one for each or more, and rounds that are longer than that.
+    [(2, 1, 6), (4, 1, 3), (2, 2, 1), (2, 2, 6), (2, 2, 3)],
+)
+def test_as_many_passes_wait_as_the_formula_says(
+    pp: int, per_rank: int, num_micro_batches: int
+) -> None:
+    case = Case({"pp": pp}, per_rank=per_rank, num_micro_batches=num_micro_batches)
+    actual = run_on_ranks(pp, passes_in_flight, case)
+    work = replace(case.work, degrees={**case.work.degrees, "pp": pp, "dp": 1})
+    assert actual == [in_flight(_rank(place), work) for place in range(pp)]
 
 
 def _loss_of(targets_BS: Tensor, hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ The rule: the gradient is the mean of the ranks' gradients of their own losses; 
 which are over all tokens, count once.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expertmesh.dispatch.collectives import all_gather
 from expertmesh.errors import UserError
-from expertmesh.layer import set_loss_scale
+from expertmesh.experts import Experts, HeterogeneousExperts, ModuleExperts
+from expertmesh.layer import MoE, set_loss_scale
 from expertmesh.parallel.clip import clip_grad_norm_
 from expertmesh.parallel.ddp import ddp, param_groups
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.random import RandomKey
-from expertmesh.routing import SelectionBias
+from expertmesh.routing import FixedRouter, SelectionBias
 from expertmesh.shards import Shard, is_sharded, local
 from expertmesh.testing import assert_close, run_on_ranks
 from expertmesh.testing.equivalence import assemble, pieces
@@ -170,6 +173,108 @@ def idle_and_bare() -> list[bool]:
 
 def test_a_bare_layer_and_a_rank_without_tokens() -> None:
     assert run_on_ranks(2, idle_and_bare, timeout=30) == [[True, True]] * 2
+
+
+class Busy(nn.Module):
+    """A dense layer, and experts of which each rank uses its own."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.moe = MoE(FixedRouter(4, 3), experts)
+        self.double()
+
+    def forward(self, x_TD: Tensor, used: tuple[int, ...]) -> Tensor:
+        x_TD = self.first(x_TD)
+        if not used:
+            return x_TD
+        router = self.moe.router
+        assert isinstance(router, FixedRouter)
+        router.experts, router.k = used, len(used)
+        y_TD: Tensor = x_TD + self.moe(x_TD)
+        return y_TD
+
+
+def busy(kind: str) -> Busy:
+    torch.manual_seed(0)
+    linear = partial(nn.Linear, 4, 4)
+    if kind == "module":
+        return Busy(ModuleExperts(linear, 3, dim=4, seed=1))
+    return Busy(HeterogeneousExperts((linear() for _ in range(3)), dim=4))
+
+
+Pass = tuple[int, tuple[int, ...]]
+"""Tokens of a rank in a pass, and the experts that it uses; without any the layer is left out."""
+
+PASSES: dict[str, list[list[Pass]]] = {
+    "of_choices": [[(5, (0, 1))], [(5, (0, 2))]],
+    "a_rank_without_tokens": [[(5, (0, 1))], [(0, (0, 1))]],
+    "two_under_no_sync": [[(3, (1, 0)), (5, (2, 1))], [(5, (0, 2)), (0, (0, 2))]],
+    "a_layer_left_out_by_one": [[(5, (0, 1))], [(5, ())]],
+    "a_layer_left_out_by_all": [[(5, ())], [(5, ())]],
+}
+
+
+def run_pass(model: nn.Module, rank: int, place: int, turn: Pass) -> None:
+    number, used = turn
+    x_TD = torch.linspace(-1, 2, number * 4, dtype=torch.float64).view(number, 4)
+    (model(x_TD + rank + 2 * place, used) ** 2).sum().backward()
+
+
+Gradients = dict[str, Tensor | None]
+
+
+def brought_together(kind: str, by_rank: Sequence[Sequence[Pass]]) -> Gradients:
+    mesh = Mesh()
+    model = busy(kind)
+    *first, last = by_rank[mesh.rank]
+    wrapped = ddp(model, mesh, find_unused_parameters=not last[1] or not by_rank[1][-1][1])
+    for place, turn in enumerate(first):
+        with wrapped.no_sync():
+            run_pass(wrapped, mesh.rank, place, turn)
+    run_pass(wrapped, mesh.rank, len(first), last)
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+def mean_of_processes(kind: str, by_rank: Sequence[Sequence[Pass]]) -> Gradients:
+    model = busy(kind)
+    for rank, passes in enumerate(by_rank):
+        for place, turn in enumerate(passes):
+            run_pass(model, rank, place, turn)
+    return {
+        name: None if param.grad is None else param.grad / len(by_rank)
+        for name, param in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("kind", ["heterogeneous", "module"])
+@pytest.mark.parametrize("passes", PASSES)
+def test_whichever_experts_are_idle_on_a_rank(kind: str, passes: str) -> None:
+    expected = mean_of_processes(kind, PASSES[passes])
+    for got in run_on_ranks(2, brought_together, kind, PASSES[passes], timeout=30):
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (got[name] is None) == (gradient is None), name
+            if gradient is not None:
+                assert_close(name, got[name], gradient)
+
+
+def on_some_ranks() -> Tensor | None:
+    """Two ranks of three train; the third is done."""
+    mesh = Mesh(ranks=[0, 2])
+    if not mesh.member:
+        return None
+    model = busy("heterogeneous")
+    run_pass(ddp(model, mesh), mesh.everyone.index, 0, (5, (0, 1 + mesh.everyone.index)))
+    return model.first.weight.grad
+
+
+def test_a_mesh_of_some_ranks_waits_for_no_others() -> None:
+    first, outside, last = run_on_ranks(3, on_some_ranks, timeout=30)
+    expected = mean_of_processes("heterogeneous", [[(5, (0, 1))], [(5, (0, 2))]])["first.weight"]
+    assert outside is None
+    for got in (first, last):
+        assert_close("first.weight", got, expected)
 
 
 def refusals() -> list[str]:

@@ -209,7 +209,7 @@ def refusals() -> list[str]:
     for model, degrees in attempts:
         options: dict[str, Any] = dict(degrees)
         with pytest.raises(UserError) as caught:
-            check_experts(model, Mesh(**options))
+            check_experts(model, Mesh(**options), "all_to_all")
         messages.append(str(caught.value))
     return messages
 

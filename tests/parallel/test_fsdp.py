@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertmesh.errors import UserError
 from expertmesh.layer import MoE
+from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.parallel import fsdp
 from expertmesh.parallel.fsdp import gradient_sync, parallelize
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.random import RandomKey
@@ -278,3 +280,55 @@ def widths_that_do_not_divide() -> str:
 def test_pieces_that_cannot_be_equal_are_refused() -> None:
     for message in run_on_ranks(6, widths_that_do_not_divide):
         assert "cannot be cut into 3 equal pieces" in message
+
+
+DECODER: dict[str, Any] = {
+    "vocab_size": 11,
+    "dim": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_hidden": 3,
+}
+
+
+def left_by_refusals() -> list[str]:
+    """What can be done with a model after a call that was refused: it is done with a right one."""
+    mesh = Mesh(tp=2)
+    model = DecoderLM(DecoderConfig(**DECODER), seed=1)
+    messages = []
+    for wrong, dispatch in ((Mesh(tp=2, ep=2), "smoke"), (Mesh(tp=2, etp=2), "all_to_all")):
+        with pytest.raises(UserError) as caught:
+            parallelize(model, wrong, dispatch=dispatch)
+        messages.append(str(caught.value))
+    assert not any(is_sharded(param) for param in model.parameters())
+    parallelize(model, mesh)
+    return messages
+
+
+def test_a_refused_model_is_as_it_was() -> None:
+    dispatch, width = run_on_ranks(2, left_by_refusals, timeout=30)[0]
+    assert "dispatch must be one of" in dispatch
+    assert "etp must divide the hidden width" in width
+
+
+def half_laid_out() -> str:
+    """A second call for a model whose storage could not be cut."""
+    moe = moe_of()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp, "_shard_storage", _no_memory)
+        with pytest.raises(MemoryError):
+            parallelize(moe, Mesh(ep=2))
+    with pytest.raises(UserError) as caught:
+        parallelize(moe, Mesh())
+    return str(caught.value)
+
+
+def _no_memory(*_: Any) -> None:
+    raise MemoryError
+
+
+def test_a_model_that_is_half_laid_out_is_not_laid_out_again() -> None:
+    for message in run_on_ranks(2, half_laid_out, timeout=30):
+        assert "build the model anew" in message

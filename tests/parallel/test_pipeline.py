@@ -156,7 +156,7 @@ def largest_errors(
             nats = [
                 whole(piece.tokens_BS, output=piece.loss, **piece.arguments) for piece in pieces
             ]
-        loss = pipeline.evaluate(own)
+        loss = torch.stack([pipeline.evaluate(piece) for piece in own]).sum()
         note("evaluation", all_reduce(loss, mesh.everyone), torch.stack(nats).sum())
     return errors
 

@@ -2,6 +2,7 @@ import hashlib
 import json
 import resource
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -44,6 +45,26 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(other.weight, model.weight)  # type: ignore[arg-type]  # Linear's weight
     for mine, theirs in zip(optimizer.state.values(), other_optimizer.state.values(), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_what_was_saved_before_the_first_step_is_loaded(
+    tmp_path: Path, name: Literal["adamw", "adafactor"]
+) -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(3, 2)
+        return model, build_optimizer(model, OptimConfig(name=name))
+
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, *made(), {})
+    checkpoint, _ = folder.newest_valid()
+    assert checkpoint is not None
+    model, optimizer = made()
+    checkpoint.load_model(model)
+    checkpoint.load_optimizer(model, optimizer)
+    assert not optimizer.state
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
 
 
 def test_half_written_folder_is_never_used_and_is_cleared(tmp_path: Path) -> None:
@@ -126,6 +147,28 @@ def test_same_step_is_replaced(tmp_path: Path) -> None:
     assert [checkpoint.state()["try"] for checkpoint in folder.complete()] == [2]
 
 
+def test_one_that_is_replaced_stays_until_the_other_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    def no_power(*args: object, **options: object) -> None:
+        raise PowerCut
+
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, *trained(), {"try": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("expertmesh.train.saving.shutil.rmtree", no_power)
+        with pytest.raises(PowerCut):
+            folder.save(1, *trained(), {"try": 2})
+    newest, _ = CheckpointFolder(tmp_path).newest_valid()
+    assert newest is not None
+    assert newest.state()["try"] == 2
+    folder.save(2, *trained(), {})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
 def test_files_are_tensors_and_json_only(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path).save(3, *trained(), {"tokens": 4}).path
     names = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
@@ -172,6 +215,43 @@ def test_damaged_newer_ones_do_not_push_out_the_one_just_saved(tmp_path: Path) -
     assert newest is not None
     assert newest.step == 7
     assert "step_00000009/state.json is missing" in refused[0]
+
+
+def steps_of(folder: CheckpointFolder) -> list[int]:
+    return [checkpoint.step for checkpoint in folder.complete()]
+
+
+def test_damaged_older_ones_do_not_push_out_a_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(100, *trained(), {})
+    (folder.save(137, *trained(), {}).path / "state.json").unlink()
+    newest, _ = folder.newest_valid()
+    assert newest is not None
+    assert newest.step == 100
+
+    def no_space(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("expertmesh.train.saving.write_json", no_space)
+        with pytest.raises(UserError, match=r"the last good one is .*/step_00000100;"):
+            folder.save(150, *trained(), {})
+    folder.save(200, *trained(), {})
+    assert steps_of(folder) == [100, 137, 200]
+    folder.save(300, *trained(), {})
+    assert steps_of(folder) == [200, 300]
+
+
+def test_a_damaged_one_that_is_saved_again_counts(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(100, *trained(), {})
+    (folder.save(137, *trained(), {}).path / "state.json").unlink()
+    folder.newest_valid()
+    folder.save(137, *trained(), {})
+    folder.save(200, *trained(), {})
+    assert steps_of(folder) == [137, 200]
 
 
 def test_a_folder_of_an_earlier_version_is_read(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signal
 
     def stepping(self: Stepper, now: int, batch: Any) -> Any:
         if now == step:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return original(self, now, batch)
 
     monkeypatch.setattr(Stepper, "step", stepping)
@@ -205,6 +205,23 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(
     with pytest.raises(UserError, match=r"embedding.weight is not finite after step 4; nothing"):
         fit(run)
     assert [checkpoint.step for checkpoint in Trainer(run).checkpoints.complete()] == [2, 3]
+
+
+def started_beside_a_run(path: Path) -> str:
+    """What a rank is told whose folder is its own, where the first rank's holds a run."""
+    run = make_run(path, "--run.resume=none", "--run.dir=run")
+    os.chdir(path / os.environ["RANK"])
+    with pytest.raises(UserError) as caught:
+        Trainer(run)
+    return str(caught.value)
+
+
+def test_resume_none_refuses_on_every_rank_what_the_first_one_sees(tmp_path: Path) -> None:
+    (tmp_path / "0" / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (tmp_path / "1").mkdir()
+    make_run(tmp_path)
+    for told in run_on_ranks(2, started_beside_a_run, tmp_path, timeout=30):
+        assert "run already holds a run, and run.resume is 'none'" in told
 
 
 def test_resume_none_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:

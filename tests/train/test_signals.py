@@ -1,4 +1,3 @@
-import os
 import signal
 import threading
 
@@ -12,16 +11,16 @@ def test_signal_is_remembered_and_handlers_come_back(number: signal.Signals) -> 
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.name
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.name == number.name
     assert signal.getsignal(number) is before
 
 
 def test_second_ctrl_c_interrupts() -> None:
     with StopRequest():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_other_threads_catch_nothing() -> None:

@@ -20,6 +20,7 @@ from expertmesh.parallel.checkpoint.index import (
     single_file,
     write_index,
 )
+from expertmesh.shards import Shard
 
 
 class _Held(NamedTuple):
@@ -85,6 +86,8 @@ def plan(tensors: Mapping[str, Tensor], stem: str, ranks: Agreement) -> Part:
     with ranks.together():
         shards = {name: held(name, tensor) for name, tensor in tensors.items()}
     if ranks.size == 1:
+        for name, shard in shards.items():
+            _check_whole(name, shard)
         whole = {name: shard.local for name, shard in shards.items()}
         return Part(stem, single_file(stem), whole, None)
     holdings = ranks.gather(
@@ -101,6 +104,15 @@ def plan(tensors: Mapping[str, Tensor], stem: str, ranks: Agreement) -> Part:
         if writer == ranks.index
     }
     return Part(stem, numbered_file(stem, ranks.index, ranks.size), own, entries)
+
+
+def _check_whole(name: str, shard: Shard) -> None:
+    if tuple(shard.local.shape) != shard.shape:
+        raise UserError(
+            f"{name} has shape {shard.shape}, and this process, which saves alone, holds only "
+            f"{tuple(shard.local.shape)} of it; let all ranks that hold it save together, with "
+            "group=mesh.everyone"
+        )
 
 
 def _writers(holdings: list[dict[str, _Held]]) -> dict[tuple[str, Box], int]:
