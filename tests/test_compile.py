@@ -78,8 +78,11 @@ OPENMOE: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("saving", "changes"),
-    [(False, {}), (True, {}), (False, OPENMOE)],
-    ids=["plain", "checkpointed", "openmoe"],
+    [
+        pytest.param(False, {}, id="plain"),
+        pytest.param(True, {}, id="checkpointed", marks=pytest.mark.slow),
+        pytest.param(False, OPENMOE, id="openmoe", marks=pytest.mark.slow),
+    ],
 )
 def test_the_compiled_decoder_is_the_decoder(saving: bool, changes: dict[str, Any]) -> None:
     fields: dict[str, Any] = {

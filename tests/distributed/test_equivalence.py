@@ -28,8 +28,6 @@ SAMPLE: dict[str, list[str]] = {
     "cp2 ep2 zero3": ["probability", "padded"],
     "pp2 zero0": ["random"],
     "pp2 interleaved2 zero2": ["priority"],
-    "ep4 zero2": ["openmoe"],
-    "edp2 ep2 zero3": ["openmoe"],
     "edp2 ep2 outside zero1": ["dropless", "one expert", "one layer at 3 depths"],
     "ep2 etp2 zero0/3": ["position"],
     "cp2 tp2 ep2 etp2 zero3": ["token"],

@@ -19,7 +19,7 @@ STEPS = "ARGS=--train.steps=12 --eval.batches=2"
 SHORTER = {
     "--train.steps=60": "--train.steps=6 --eval.batches=2",
     "--train.epochs=0.05": (
-        "--train.epochs=0.01 --train.batch=4 --train.micro_batch=4 --eval.batches=1"
+        "--train.epochs=0.004 --train.batch=4 --train.micro_batch=4 --eval.batches=1"
     ),
 }
 

@@ -248,10 +248,10 @@ def test_four_stages_equal_the_whole() -> None:
     ("degrees", "case"),
     [
         ({"dp": 2}, Case(3, zero=0)),
-        ({"dp": 2}, Case(4, 2, zero=1)),
+        pytest.param({"dp": 2}, Case(4, 2, zero=1), marks=pytest.mark.slow),
         ({"dp": 2, "ep": 2}, Case(4, zero=1, checkpointed=True)),
-        ({"dp": 2, "ep": 2}, Case(4, 2, zero=2, expert_zero=1)),
-        ({"dp": 2, "etp": 2}, Case(3, zero=3, expert_zero=0)),
+        pytest.param({"dp": 2, "ep": 2}, Case(4, 2, zero=2, expert_zero=1), marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "etp": 2}, Case(3, zero=3, expert_zero=0), marks=pytest.mark.slow),
         ({"tp": 2, "ep": 2}, Case(2, 2, zero=2)),
         ({"cp": 2}, Case(3, 2, zero=3, checkpointed=True)),
         ({"dp": 2, "ep": 2}, Case(3, layers=(1, 4))),  # a stage without experts
