@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.moe_mlp.decode_kernels import (
     combine_kernel,
     down_experts_kernel,
@@ -69,28 +69,28 @@ def up_tiles(expert_RK: Tensor, num_experts: int, parts: int) -> Tiles:
 
 def down_tiles(expert_RK: Tensor, num_experts: int, dim: int, hidden: int) -> Tiles:
     """For the down projection; sums are shared where programs would be few and long."""
-    programs = min(expert_RK.numel(), num_experts) * triton.cdiv(dim, 64)
-    splits = min(2 if hidden >= 2048 else 1, triton.cdiv(1024, programs))
+    programs = min(expert_RK.numel(), num_experts) * ceil_div(dim, 64)
+    splits = min(2 if hidden >= 2048 else 1, ceil_div(1024, programs))
     return Tiles(64, _rows(expert_RK, num_experts), 128, stages=3, warps=4, splits=splits)
 
 
 def _rows(expert_RK: Tensor, num_experts: int) -> int:
     """Twice the mean, so that few experts need a second turn, which reads their weights again."""
-    mean = triton.cdiv(expert_RK.numel(), num_experts)
-    return min(64, max(16, triton.next_power_of_2(2 * mean)))
+    mean = ceil_div(expert_RK.numel(), num_experts)
+    return min(64, max(16, power_of_2(2 * mean)))
 
 
 def group(expert_RK: Tensor, order_N: Tensor, offset_E1: Tensor) -> None:
     """Write which assignment stands at each grouped position, and where experts start."""
     num, num_experts, block = expert_RK.numel(), len(offset_E1) - 1, 32
-    group_kernel[(triton.cdiv(max(num, num_experts + 1), block),)](
+    group_kernel[(ceil_div(max(num, num_experts + 1), block),)](
         expert_RK,
         order_N,
         offset_E1,
         num,
         num_experts,
         block,
-        max(16, triton.next_power_of_2(num)),
+        max(16, power_of_2(num)),
         **_options(expert_RK),
     )
 
@@ -106,7 +106,7 @@ def up_rows(
 ) -> None:
     """Write hidden units by assignment."""
     (R, K), (E, *_, F, D) = expert_RK.shape, up.shape
-    up_rows_kernel[(R * K, triton.cdiv(F, cut.out))](
+    up_rows_kernel[(R * K, ceil_div(F, cut.out))](
         x_RD,
         expert_RK,
         up,
@@ -121,7 +121,7 @@ def up_rows(
         activation,
         bias is not None,
         cut.out,
-        min(cut.inner, triton.next_power_of_2(D)),
+        min(cut.inner, power_of_2(D)),
         **_options(x_RD, cut.warps),
     )
 
@@ -141,7 +141,7 @@ def up_experts(
     (_, K), (E, *_, F, D) = expert_RK.shape, up.shape
     parts = _parts(up)
     cut = up_tiles(expert_RK, E, parts) if cut is None else cut
-    up_experts_kernel[(triton.cdiv(F, cut.out), E)](
+    up_experts_kernel[(ceil_div(F, cut.out), E)](
         x_RD,
         order_N,
         offset_E1,
@@ -178,7 +178,7 @@ def down_rows(
     """Write the output from hidden units by assignment; the tables are empty."""
     (R, K), (E, D, F) = expert_RK.shape, down_EDF.shape
     cut = down_vectors(F) if cut is None else cut
-    down_rows_kernel[(R, triton.cdiv(D, cut.out))](
+    down_rows_kernel[(R, ceil_div(D, cut.out))](
         hidden_NF,
         expert_RK,
         weight_RK,
@@ -191,7 +191,7 @@ def down_rows(
         F,
         bias_ED is not None,
         cut.out,
-        min(cut.inner, triton.next_power_of_2(F)),
+        min(cut.inner, power_of_2(F)),
         **_options(hidden_NF, cut.warps),
     )
 
@@ -211,7 +211,7 @@ def down_experts(
     (R, K), (E, D, F) = expert_RK.shape, down_EDF.shape
     cut = down_tiles(expert_RK, E, D, F) if cut is None else cut
     partial_SND = hidden_NF.new_empty(cut.splits, R * K, D, dtype=torch.float32)
-    down_experts_kernel[(triton.cdiv(D, cut.out), E, cut.splits)](
+    down_experts_kernel[(ceil_div(D, cut.out), E, cut.splits)](
         hidden_NF,
         order_N,
         offset_E1,
@@ -230,8 +230,8 @@ def down_experts(
         cut.stages,
         **_options(hidden_NF, cut.warps),
     )
-    block = min(1024, triton.next_power_of_2(D))
-    combine_kernel[(R, triton.cdiv(D, block))](
+    block = min(1024, power_of_2(D))
+    combine_kernel[(R, ceil_div(D, block))](
         partial_SND,
         expert_RK,
         weight_RK,

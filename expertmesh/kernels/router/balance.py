@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
+
 _CELLS = 4096  # scores that a program holds
 _MOST_PARTS = 128  # programs for a group of tokens
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
@@ -107,15 +109,15 @@ def _backward_kernel(
 def balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Each group's product ``(G,)`` and the experts' share of choices ``(G, E)``."""
     (T, E), K = score_TE.shape, chosen_TK.shape[1]
-    groups, width = T // size, max(2, triton.next_power_of_2(E))
+    groups, width = T // size, max(2, power_of_2(E))
     rows = max(1, _CELLS // width)
-    span = rows * triton.cdiv(triton.cdiv(size, rows), _MOST_PARTS)
-    num_parts = triton.cdiv(size, span)
+    span = rows * ceil_div(ceil_div(size, rows), _MOST_PARTS)
+    num_parts = ceil_div(size, span)
     count_GPE = score_TE.new_empty(groups, num_parts, E, dtype=torch.int32)
     total_GPE = score_TE.new_empty(groups, num_parts, E)
     _sum_kernel[(groups, num_parts)](
         score_TE, chosen_TK, count_GPE, total_GPE, size, span, chosen_TK.stride(0), E, K,
-        rows, width, triton.next_power_of_2(K), triton.next_power_of_2(E + 1), num_warps=8,
+        rows, width, power_of_2(K), power_of_2(E + 1), num_warps=8,
     )  # fmt: skip
     product_G, fraction_GE = score_TE.new_empty(groups), score_TE.new_empty(groups, E)
     _product_kernel[(groups,)](
@@ -130,10 +132,10 @@ def balance_backward(
 ) -> Tensor:
     """The gradient of the scores."""
     E = score_TE.shape[1]
-    width = max(2, triton.next_power_of_2(E))
+    width = max(2, power_of_2(E))
     rows = max(1, _CELLS // width)
     dscore_TE = torch.empty_like(score_TE)
-    _backward_kernel[(len(fraction_GE), triton.cdiv(size, rows))](
+    _backward_kernel[(len(fraction_GE), ceil_div(size, rows))](
         score_TE, fraction_GE, dproduct_G, dscore_TE, size, E, rows, width, num_warps=8
     )
     return dscore_TE

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.triton_support import has_dependent_launch
 
 _CELLS = 4096  # logits that a program holds
@@ -177,8 +178,8 @@ def count(
     """Add one pass to load, choices, dropped, tokens, entropy and max_logit, in this order."""
     (T, E), K = logits_TE.shape, chosen_TK.shape[1]
     given = (logits_TE, chosen_TK, dropped_TK)
-    bins, width, choices = len(counters[1]), triton.next_power_of_2(E), triton.next_power_of_2(K)
-    rows = triton.next_power_of_2(T)
+    bins, width, choices = len(counters[1]), power_of_2(E), power_of_2(K)
+    rows = power_of_2(T)
     if rows * width <= _FEW_CELLS:
         dependent = has_dependent_launch(logits_TE.device)
         _one_program_kernel[(1,)](
@@ -188,7 +189,7 @@ def count(
         )  # fmt: skip
         return
     rows = max(1, _CELLS // width)
-    num_parts = triton.cdiv(T, rows)
+    num_parts = ceil_div(T, rows)
     count_P2B = load_E.new_empty(num_parts, 2, bins, dtype=torch.int32)
     value_P2 = logits_TE.new_empty(num_parts, 2)
     _part_kernel[(num_parts,)](

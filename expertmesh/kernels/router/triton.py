@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.triton_support import has_dependent_launch
 
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
@@ -256,7 +257,7 @@ def few_logits(x_TD: Tensor, weight_ED: Tensor, logits_TE: Tensor) -> None:
     """Write ``x W^T`` for a number of tokens at which reading the weights is the work."""
     (T, D), E = x_TD.shape, len(weight_ED)
     experts, tokens = 4, 1 if T <= 16 else 4
-    _few_logits_kernel[(triton.cdiv(E, experts), triton.cdiv(T, tokens))](
+    _few_logits_kernel[(ceil_div(E, experts), ceil_div(T, tokens))](
         x_TD,
         weight_ED,
         logits_TE,
@@ -265,7 +266,7 @@ def few_logits(x_TD: Tensor, weight_ED: Tensor, logits_TE: Tensor) -> None:
         D,
         experts,
         tokens,
-        min(2048, triton.next_power_of_2(D)),
+        min(2048, power_of_2(D)),
         **_options(x_TD, 4),
     )
 
@@ -284,7 +285,7 @@ def split(source: Tensor, pattern: tuple[int, ...], *, by_row: bool) -> Tensor:
     shape = (rows, parts * columns) if by_row else (parts * rows, columns)
     out = torch.empty(shape, dtype=torch.bfloat16, device=source.device)
     num, block = source.numel(), 1024
-    _split_kernel[(triton.cdiv(num, block),)](
+    _split_kernel[(ceil_div(num, block),)](
         source,
         out,
         num,
@@ -330,7 +331,7 @@ def _launch_select(
 ) -> None:
     (T, E), K = logits_TE.shape, chosen_TK.shape[1]
     rows, width, warps = _cut(T, E)
-    _select_kernel[(triton.cdiv(T, rows),)](
+    _select_kernel[(ceil_div(T, rows),)](
         logits_TE,
         chosen_TK,
         score_TE,
@@ -345,7 +346,7 @@ def _launch_select(
         count_PE is not None,
         rows,
         width,
-        triton.next_power_of_2(K),
+        power_of_2(K),
         **_options(logits_TE, warps),
     )
 
@@ -377,8 +378,8 @@ def gates(
         renormalize,
         rows,
         width,
-        triton.next_power_of_2(K),
-        triton.next_power_of_2(E + 1),
+        power_of_2(K),
+        power_of_2(E + 1),
         num_warps=warps,
     )
     return _total(count_PE)
@@ -387,7 +388,7 @@ def gates(
 def _counts(logits_TE: Tensor) -> Tensor:
     """Room for each program's choices per expert."""
     (T, E) = logits_TE.shape
-    programs = triton.cdiv(T, _cut(T, E)[0])
+    programs = ceil_div(T, _cut(T, E)[0])
     return torch.empty(programs, E, dtype=torch.int64, device=logits_TE.device)
 
 
@@ -408,7 +409,7 @@ def gates_backward(
     """Write the gradient of the logits."""
     (T, E), K = score_TE.shape, chosen_TK.shape[1]
     rows, width, warps = _cut(T, E)
-    _gates_backward_kernel[(triton.cdiv(T, rows),)](
+    _gates_backward_kernel[(ceil_div(T, rows),)](
         score_TE,
         chosen_TK,
         dscore_TE,
@@ -424,15 +425,15 @@ def gates_backward(
         dgate_TK is not None,
         rows,
         width,
-        triton.next_power_of_2(K),
+        power_of_2(K),
         num_warps=warps,
     )
 
 
 def _cut(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
     """Tokens of a program, width of a row, warps."""
-    width = max(2, triton.next_power_of_2(num_experts))
-    rows = min(triton.next_power_of_2(num_tokens), max(1, 4096 // width))
+    width = max(2, power_of_2(num_experts))
+    rows = min(power_of_2(num_tokens), max(1, 4096 // width))
     return rows, width, min(16, max(1, rows * width // 512))
 
 

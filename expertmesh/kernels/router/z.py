@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
+
 _CELLS = 4096  # logits that a program holds
 _MOST_PARTS = 1024  # programs of the first launch, whose sums one program of the second adds
 
@@ -70,24 +72,24 @@ def _backward_kernel(
 def mean_square_norm(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """The mean, a scalar, and logsumexp ``(T,)``."""
     T, E = logits_TE.shape
-    width = max(2, triton.next_power_of_2(E))
+    width = max(2, power_of_2(E))
     rows = max(1, _CELLS // width)
-    span = rows * triton.cdiv(triton.cdiv(T, rows), _MOST_PARTS)
-    num_parts = triton.cdiv(T, span)
+    span = rows * ceil_div(ceil_div(T, rows), _MOST_PARTS)
+    num_parts = ceil_div(T, span)
     norm_T, square_P = logits_TE.new_empty(T), logits_TE.new_empty(num_parts)
     mean = logits_TE.new_empty(())
     _norm_kernel[(num_parts,)](logits_TE, norm_T, square_P, T, span, E, rows, width, num_warps=8)
-    _mean_kernel[(1,)](square_P, mean, T, num_parts, triton.next_power_of_2(num_parts))
+    _mean_kernel[(1,)](square_P, mean, T, num_parts, power_of_2(num_parts))
     return mean, norm_T
 
 
 def mean_square_norm_backward(logits_TE: Tensor, norm_T: Tensor, dmean: Tensor) -> Tensor:
     """The gradient of the logits."""
     T, E = logits_TE.shape
-    width = max(2, triton.next_power_of_2(E))
+    width = max(2, power_of_2(E))
     rows = max(1, _CELLS // width)
     dlogits_TE = torch.empty_like(logits_TE)
-    _backward_kernel[(triton.cdiv(T, rows),)](
+    _backward_kernel[(ceil_div(T, rows),)](
         logits_TE, norm_T, dmean, dlogits_TE, T, E, rows, width, num_warps=8
     )
     return dlogits_TE

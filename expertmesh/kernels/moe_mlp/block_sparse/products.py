@@ -11,9 +11,9 @@ What pads a block's rows or columns may hold anything and counts as zero.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.moe_mlp.block_sparse.kernels import (
     dsd_kernel,
     dsd_transposed_kernel,
@@ -97,7 +97,7 @@ def dsd(values_MZBB: Tensor, right_MSUD: Tensor, topology: Topology) -> Tensor:
     tile = _tile(right_MSUD, block)
     width = _width(tile, dim)
     if out_PD.numel() > 0:
-        dsd_kernel[(num_rows * triton.cdiv(dim, width),)](
+        dsd_kernel[(num_rows * ceil_div(dim, width),)](
             values_MZBB,
             right_MSUD,
             out_PD,
@@ -137,7 +137,7 @@ def dsd_transposed(
     block, columns, dim = topology.block, topology.columns, right_PD.shape[1]
     tile = _tile(right_PD, block)
     width, matrices = _width(tile, dim), len(values_MZBB)
-    dsd_transposed_kernel[(len(columns.slab_C) * matrices * triton.cdiv(dim, width),)](
+    dsd_transposed_kernel[(len(columns.slab_C) * matrices * ceil_div(dim, width),)](
         values_MZBB,
         right_PD,
         out_MSUD,
@@ -196,4 +196,4 @@ def row_dots(a_ZBB: Tensor, b_ZBB: Tensor, topology: Topology) -> Tensor:
 
 
 def _width(tile: _Tile, dim: int) -> int:
-    return min(tile.columns, max(16, triton.next_power_of_2(dim)))
+    return min(tile.columns, max(16, power_of_2(dim)))

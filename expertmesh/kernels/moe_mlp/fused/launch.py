@@ -3,10 +3,10 @@
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.moe_mlp.fused.dhidden import dhidden_kernel
 from expertmesh.kernels.moe_mlp.fused.dweight import dweight_kernel
 from expertmesh.kernels.moe_mlp.fused.metadata import Layout
@@ -144,7 +144,7 @@ def hidden_gradient(
     num_assignments = pre_NH.shape[0]
     dpre_NH = torch.empty_like(pre_NH)
     hidden_NF = pre_NH.new_empty(num_assignments, hidden)
-    blocks = triton.cdiv(hidden, tile.columns)
+    blocks = ceil_div(hidden, tile.columns)
     share_NB = pre_NH.new_empty(num_assignments, blocks, dtype=torch.float32)
     dhidden_kernel[_grid(dy_RD, tile)](
         dy_RD,
@@ -240,9 +240,9 @@ def weight_gradient(
 def gather(by_token_RO: Tensor, layout: Layout, choices: int) -> Tensor:
     """Rows by grouped position, ``(N, O)``; those behind the last expert's hold anything."""
     num_assignments, width = layout.order_N.numel(), by_token_RO.shape[1]
-    columns = min(4096, triton.next_power_of_2(width))
+    columns = min(4096, power_of_2(width))
     out_NO = by_token_RO.new_empty(num_assignments, width)
-    gather_kernel[(num_assignments, triton.cdiv(width, columns))](
+    gather_kernel[(num_assignments, ceil_div(width, columns))](
         by_token_RO,
         layout.order_N,
         layout.offset_E1,
@@ -267,8 +267,8 @@ def sum_choices(
 ) -> Tensor:
     """Fill ``out_RD`` with the sum over each row's choices, weighted or not."""
     num_rows, dim = out_RD.shape
-    columns = min(4096, triton.next_power_of_2(dim))
-    gather_sum_kernel[(num_rows, triton.cdiv(dim, columns))](
+    columns = min(4096, power_of_2(dim))
+    gather_sum_kernel[(num_rows, ceil_div(dim, columns))](
         rows_ND,
         inverse_N,
         weight_RK if weight_RK is not None else rows_ND,
@@ -288,14 +288,14 @@ def sum_choices(
 def sum_shares(share_NB: Tensor, inverse_N: Tensor, out_RK: Tensor) -> Tensor:
     """Fill ``out_RK`` with the gradient of the combine weights."""
     rows, blocks = 256, share_NB.shape[1]
-    share_sum_kernel[(triton.cdiv(inverse_N.numel(), rows),)](
+    share_sum_kernel[(ceil_div(inverse_N.numel(), rows),)](
         share_NB,
         inverse_N,
         out_RK,
         inverse_N.numel(),
         blocks,
         rows,
-        triton.next_power_of_2(blocks),
+        power_of_2(blocks),
     )
     return out_RK
 
@@ -306,7 +306,7 @@ def sum_experts(
     """Sum of each expert's rows, ``(E, width)``: grouped ones, or weighted rows by token."""
     width, columns = rows.shape[1], 64
     out = rows.new_empty(num_experts, width)
-    expert_sum_kernel[(num_experts, triton.cdiv(width, columns))](
+    expert_sum_kernel[(num_experts, ceil_div(width, columns))](
         rows,
         layout.order_N,
         weight_RK if weight_RK is not None else rows,

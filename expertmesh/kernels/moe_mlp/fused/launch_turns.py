@@ -1,11 +1,11 @@
 """Starts the kernels whose warpgroups take turns."""
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from expertmesh.kernels.blocks import ceil_div
 from expertmesh.kernels.moe_mlp.fused.dhidden_turns import dhidden_turns_kernel
 from expertmesh.kernels.moe_mlp.fused.metadata import Layout
 from expertmesh.kernels.moe_mlp.fused.plan import Turns
@@ -57,7 +57,7 @@ def hidden_gradient(
     num_assignments = pre_NH.shape[0]
     dpre_NH = torch.empty_like(pre_NH)
     hidden_NF = pre_NH.new_empty(num_assignments, hidden)
-    blocks = triton.cdiv(hidden, turns.columns)
+    blocks = ceil_div(hidden, turns.columns)
     share_NB = pre_NH.new_empty(num_assignments, blocks, dtype=torch.float32)
     dhidden_turns_kernel[(num_sms,)](
         _descriptor(dy_ND, [turns.rows, turns.depth]),

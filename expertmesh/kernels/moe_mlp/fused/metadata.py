@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertmesh.kernels.blocks import ceil_div, power_of_2
+
 _BLOCKS = (128, 1024)  # assignments a program counts and sorts, if few and if many
 
 _TILES_PER_PROGRAM = 16
@@ -48,7 +50,7 @@ class Layout(NamedTuple):
 
 def most_tiles(num_assignments: int, num_experts: int, tile_rows: int) -> int:
     """A bound on the number of row tiles that the host knows."""
-    return triton.cdiv(num_assignments, tile_rows) + min(num_experts, num_assignments)
+    return ceil_div(num_assignments, tile_rows) + min(num_experts, num_assignments)
 
 
 def empty_layout(like: Tensor, num_assignments: int, num_experts: int, tile_rows: int) -> Layout:
@@ -79,13 +81,13 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
     num_assignments = expert_N.numel()
     layout = empty_layout(expert_N, num_assignments, num_experts, tile_rows)
     block = _BLOCKS[num_assignments >= 8 * _BLOCKS[1]]
-    blocks = triton.cdiv(num_assignments, block)
-    bins = triton.next_power_of_2(num_experts + 1)
+    blocks = ceil_div(num_assignments, block)
+    bins = power_of_2(num_experts + 1)
     count_BE = expert_N.new_empty(blocks, bins, dtype=torch.int32)
     first_BE = torch.empty_like(count_BE)
     tile_start_E = expert_N.new_empty(bins, dtype=torch.int32)
     _count[(blocks,)](expert_N, count_BE, num_assignments, num_experts, bins, block, num_warps=4)
-    chunk = max(1, min(_CELLS // bins, triton.next_power_of_2(blocks)))
+    chunk = max(1, min(_CELLS // bins, power_of_2(blocks)))
     _place[(1,)](
         count_BE,
         first_BE,
@@ -100,7 +102,7 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
         tile_rows,
         num_warps=8,
     )
-    programs = max(blocks, triton.cdiv(layout.tile_P3.shape[0], _TILES_PER_PROGRAM))
+    programs = max(blocks, ceil_div(layout.tile_P3.shape[0], _TILES_PER_PROGRAM))
     _scatter[(programs,)](
         expert_N,
         first_BE,
