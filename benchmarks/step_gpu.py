@@ -14,6 +14,7 @@ what a run that should learn keeps. Then few tokens fit beside them at a time, a
 several micro-batches. Its results are those of step_gpu_float32.json.
 
 - expertmesh: the trainer's step; router, losses and counters included, routers in float32.
+- expertmesh, compiled: the same with the blocks compiled, as by ``train.compile``.
 - expertmesh, balanced by force: the same with ``round_robin``, whose experts take equal shares.
 - dense, equal active parameters: our decoder with MLPs as wide as the k experts of a token.
 - transformers: its OLMoE with sdpa and grouped_mm, no balance loss.
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ from expertmesh.train.precision import PrecisionName
 NAME, MODEL = "step_gpu", "olmoe-1b-7b"
 ROWS = 4
 ROUNDS, WARM = 8, 3
-OURS, BALANCED = "expertmesh", "expertmesh, balanced by force"
+OURS, COMPILED = "expertmesh", "expertmesh, compiled"
+BALANCED = "expertmesh, balanced by force"
 DENSE, THEIRS = "dense, equal active parameters", "transformers, grouped_mm"
 PRECISION = {
     torch.bfloat16: "bfloat16 parameters, gradients and AdamW moments; our routers float32",
@@ -137,11 +140,19 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def our_step(config: DecoderConfig, bench: Bench) -> Callable[[], object]:
+def our_step(
+    config: DecoderConfig, bench: Bench, *, compiled: bool = False
+) -> Callable[[], object]:
     """The trainer's; bfloat16 parameters need no autocast."""
     precision: PrecisionName = "fp32" if bench.dtype == torch.bfloat16 else "bf16"
     stepper = make_stepper(
-        config, bench.device, precision=precision, sequences=bench.rows, lr=LR, dtype=bench.dtype
+        config,
+        bench.device,
+        precision=precision,
+        sequences=bench.rows,
+        lr=LR,
+        dtype=bench.dtype,
+        compiled=compiled,
     )
     batch = random_batch(config.vocab_size, bench.batch_rows, bench.length)
     return lambda: stepper.step(1, batch)
@@ -164,6 +175,7 @@ def contenders(changes: dict[str, Any]) -> list[Contender]:
     balanced = decoder_preset(MODEL, **changes, router="round_robin")
     return [
         Contender(OURS, config, our_step),
+        Contender(COMPILED, config, partial(our_step, compiled=True)),
         Contender(BALANCED, balanced, our_step),
         Contender(DENSE, dense, our_step),
         Contender(THEIRS, config, their_step),
@@ -180,8 +192,10 @@ def aims(found: dict[str, dict[str, Any]], *, whole: bool) -> list[dict[str, Any
     speed = {who: row["tokens_per_second"] for who, row in found.items() if "error" not in row}
     if OURS not in speed:
         return []
+    # The others are not compiled; what is asked of the speed alone, the faster way may meet.
     ours = speed[OURS]
-    rows = [("tokens/s", ours, "at least", 40_000.0)] if whole else []
+    best = max(ours, speed.get(COMPILED, 0.0))
+    rows = [("tokens/s", best, "at least", 40_000.0)] if whole else []
     for what, other, wanted in (
         (f"speed over {THEIRS}", THEIRS, 1.3),
         (f"speed over {BALANCED}", BALANCED, 0.9),
@@ -229,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step (default 1)")
     parser.add_argument("--float32", action="store_true", help="parameters and all that is theirs")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steps (default {ROUNDS})")
-    parser.add_argument("--only", nargs="+", choices=[OURS, BALANCED, DENSE, THEIRS])
+    parser.add_argument("--only", nargs="+", choices=[OURS, COMPILED, BALANCED, DENSE, THEIRS])
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--results", type=Path, help="folder of the JSON")

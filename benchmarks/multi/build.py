@@ -6,6 +6,7 @@ from expertmesh.layer import moe_layers
 from expertmesh.models import DecoderConfig, DecoderLM
 from expertmesh.parallel.fsdp import parallelize
 from expertmesh.parallel.mesh import Mesh
+from expertmesh.train.compilation import compiled_forward
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
 from expertmesh.train.passes import OneByOne
 from expertmesh.train.precision import Precision, PrecisionName
@@ -22,6 +23,7 @@ def make_stepper(
     values: int = 0,
     draws: int = 0,
     dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
     mesh: Mesh | None = None,
     zero: int = 2,
     expert_zero: int | None = None,
@@ -37,6 +39,7 @@ def make_stepper(
         values: Seed of the initial values.
         draws: Seed of what steps draw.
         dtype: Of parameters, gradients and moments; routers stay in float32.
+        compiled: Whether the blocks are, as by ``train.compile``; without a mesh.
         mesh: None is this process by itself.
         zero: Stage of all parameters but the experts', where there is a mesh.
         expert_zero: The experts'; None is ``zero``.
@@ -50,6 +53,11 @@ def make_stepper(
     model.to_empty(device=device)
     model.init_weights(values)
     passes = OneByOne(
-        model, precision=Precision(precision), device=device, sequences=sequences, mesh=mesh
+        model,
+        forward=compiled_forward(model, device) if compiled else None,
+        precision=Precision(precision),
+        device=device,
+        sequences=sequences,
+        mesh=mesh,
     )
     return Stepper(passes, build_optimizer(model, OptimConfig(lr=lr)), seed=draws, clip=1.0)

@@ -1,15 +1,13 @@
 """A run's model, laid out over its mesh, and how batches run through it."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from expertmesh.errors import UserError
-from expertmesh.models.decoder import DecoderLM, OutputLayer
-from expertmesh.train.compilation import compile_model
+from expertmesh.models.decoder import DecoderLM
+from expertmesh.train.compilation import compiled_forward
 from expertmesh.train.config import RunFile
 from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline
 from expertmesh.train.precision import Precision
@@ -82,18 +80,8 @@ def _alone(run: RunFile, device: torch.device) -> Passes:
     model = build_model(run, device)
     if run.train.checkpoint_activations:
         model.checkpoint_blocks()
-    forward = _compiled(model, device) if run.train.compile else None
+    forward = compiled_forward(model, device) if run.train.compile else None
     return OneByOne(model, forward=forward, **_common(run, device))
-
-
-def _compiled(model: DecoderLM, device: torch.device) -> Callable[..., Tensor]:
-    """The model with its blocks compiled. The loss is outside: see ``linear_cross_entropy``."""
-    hidden = compile_model(model.hidden, device)
-
-    def forward(tokens_BS: Tensor, *, output: OutputLayer, **arguments: Any) -> Tensor:
-        return model.logits(hidden(tokens_BS, **arguments), output)
-
-    return forward
 
 
 def _common(run: RunFile, device: torch.device) -> dict[str, Any]:

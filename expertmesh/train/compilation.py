@@ -7,18 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expertmesh.errors import UserError
+from expertmesh.models.decoder import DecoderLM, OutputLayer
 
 _DEFAULT_COMPILERS = {"darwin": "clang++", "win32": "cl"}
 
 
-def compile_model(model: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The compiled model; code is made at its first call.
+def compiled_forward(model: DecoderLM, device: torch.device) -> Callable[..., Tensor]:
+    """The model with its blocks compiled; code is made at the first call.
+
+    The loss is outside: see ``linear_cross_entropy``.
 
     Args:
-        model: A module, or one of its methods.
+        model: Stays as it is.
         device: Where it runs; on a CPU torch writes C++, which needs a compiler.
+
+    Returns:
+        Takes the tokens, ``output`` and what else ``DecoderLM.hidden`` takes.
 
     Raises:
         UserError: If there is no compiler.
@@ -29,5 +36,9 @@ def compile_model(model: Callable[..., Any], device: torch.device) -> Callable[.
             f"train.compile needs a C++ compiler on a CPU, and {name!r} is not found; install it, "
             "set CXX to the one that you have, or set train.compile = false"
         )
-    compiled: Callable[..., Any] = torch.compile(model)
-    return compiled
+    hidden: Callable[..., Tensor] = torch.compile(model.hidden)
+
+    def forward(tokens_BS: Tensor, *, output: OutputLayer, **arguments: Any) -> Tensor:
+        return model.logits(hidden(tokens_BS, **arguments), output)
+
+    return forward
