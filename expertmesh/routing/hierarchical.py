@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, final, get_args
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_option, check_sizes
+from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.logits import wide_dtype, without_padding
@@ -19,18 +19,17 @@ from expertmesh.routing.losses import (
     BalanceLoss,
     Evidence,
     LoadLoss,
-    Variance,
+    LoadVariation,
     ZLoss,
     by_name,
     check_names,
     smooth_load,
-    squared_cv,
 )
 from expertmesh.routing.noise import Noise, NoisyLogits
 from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
-from expertmesh.routing.scope import Scope, check_scope
+from expertmesh.routing.scope import Scope
 from expertmesh.routing.selection import count_experts, top_k
 
 _SECONDARY = random.label("secondary gating")
@@ -68,33 +67,16 @@ class TwoLevelEvidence(Evidence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HierarchicalLoadLoss(BalanceLoss):
+class HierarchicalLoadLoss(LoadVariation):
     """CV^2 of the two-level load (Shazeer et al., arXiv 1701.06538, appendix B). 0 at balance.
 
     ``Load_H(X)_ij = Load_primary(X)_i Load_i(X_i)_j / |X_i|``, both loads smooth estimates, X_i the
-    tokens that chose group i.
-
-    Attributes:
-        coef: What multiplies it.
-        variance: See ``Variance``.
-        scope: The tokens of one statistic.
-        name: Its key in ``Routing.losses``.
+    tokens that chose group i. Attributes are ``LoadVariation``'s.
     """
 
-    coef: float
-    variance: Variance = "population"
-    scope: Scope = "micro_batch"
-    name: str = "load"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_option("load loss variance", self.variance, get_args(Variance))
-        check_scope("load loss scope", self.scope)
-
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def load_GE(self, evidence: Evidence) -> Tensor:
         assert isinstance(evidence, TwoLevelEvidence)
-        load_GE = two_level_load(evidence, self.scope)
-        return self.coef * evidence.mean(squared_cv(load_GE, self.variance), self.scope)
+        return two_level_load(evidence, self.scope)
 
 
 def two_level_load(evidence: TwoLevelEvidence, scope: Scope) -> Tensor:

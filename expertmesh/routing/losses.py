@@ -319,8 +319,8 @@ def smooth_load(logits: NoisyLogits, k: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadLoss(BalanceLoss):
-    """CV^2 of the smooth load estimate (Shazeer et al., arXiv 1701.06538, eq. 10-11). 0 at balance.
+class LoadVariation(BalanceLoss):
+    """CV^2 of the experts' load, however it is estimated. 0 at balance.
 
     Attributes:
         coef: What multiplies it.
@@ -339,10 +339,24 @@ class LoadLoss(BalanceLoss):
         check_option("load loss variance", self.variance, get_args(Variance))
         check_scope("load loss scope", self.scope)
 
+    @abstractmethod
+    def load_GE(self, evidence: Evidence) -> Tensor:
+        """The load of each group of tokens, ``(groups, E)``."""
+
     def __call__(self, evidence: Evidence) -> Tensor:
-        load_GE = evidence.total(smooth_load(evidence.logits, evidence.k), self.scope)
-        cv_G = squared_cv(load_GE, self.variance)
+        cv_G = squared_cv(self.load_GE(evidence), self.variance)
         return self.coef * evidence.mean(cv_G, self.scope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadLoss(LoadVariation):
+    """CV^2 of the smooth load estimate (Shazeer et al., arXiv 1701.06538, eq. 10-11). 0 at balance.
+
+    Attributes are ``LoadVariation``'s.
+    """
+
+    def load_GE(self, evidence: Evidence) -> Tensor:
+        return evidence.total(smooth_load(evidence.logits, evidence.k), self.scope)
 
 
 @dataclass(frozen=True, kw_only=True)

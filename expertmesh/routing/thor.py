@@ -7,8 +7,8 @@ from torch import Tensor
 
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey, label
+from expertmesh.routing.by_place import Places, RouterByPlace
 from expertmesh.routing.draw import Draw
-from expertmesh.routing.fixed import RouterByPlace
 from expertmesh.routing.scope import scope_size
 
 _BATCH = label("thor batch")
@@ -54,16 +54,10 @@ class ThorRouter(RouterByPlace):
         """See ``Router.draws``."""
         return "experts are drawn, not chosen"
 
-    def choose(
-        self,
-        num_tokens: int,
-        device: torch.device,
-        sequence_length: int | None,
-        key: RandomKey | None,
-    ) -> Tensor:
+    def choose(self, places: Places) -> Tensor:
         if self.training:
-            return self._of_batch(key, device).expand(num_tokens, 1)
-        return self._of_each(num_tokens, device, sequence_length, key)
+            return self._of_batch(places.key, places.device).expand(places.num_tokens, 1)
+        return self._of_each(places)
 
     def _of_batch(self, key: RandomKey | None, device: torch.device) -> Tensor:
         """``(1, 1)``: the expert of a training pass, the same on all ranks."""
@@ -76,20 +70,14 @@ class ThorRouter(RouterByPlace):
             expert_11 = self.population.arrange(1, None, None).whole(expert_11)[:1]
         return expert_11
 
-    def _of_each(
-        self,
-        num_tokens: int,
-        device: torch.device,
-        sequence_length: int | None,
-        key: RandomKey | None,
-    ) -> Tensor:
+    def _of_each(self, places: Places) -> Tensor:
         """``(T, 1)``: experts by the place of the token, or of its sequence, in the batch."""
-        order = self.population.arrange(num_tokens, sequence_length, key)
-        place_T = order.own(torch.arange(order.num_tokens, device=device))
+        order = self.population.arrange(places.num_tokens, places.sequence_length, places.key)
+        place_T = order.own(torch.arange(order.num_tokens, device=places.device))
         if self.evaluation == "sequence":
             place_T = place_T // scope_size("sequence", order.num_tokens, order.sequence_length)
-        by_place = RandomKey(torch.zeros((), dtype=torch.int64, device=device), place_T)
-        draw = Draw(by_place, self.layer, num_tokens, device, training=False)
+        by_place = RandomKey(torch.zeros((), dtype=torch.int64, device=places.device), place_T)
+        draw = Draw(by_place, self.layer, places.num_tokens, places.device, training=False)
         return self._expert(draw.uniform(_TOKEN, 1, torch.float32))
 
     def _expert(self, uniform: Tensor) -> Tensor:
