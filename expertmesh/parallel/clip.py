@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from expertmesh.gradients import clip_factor, gradients_of, norms, scale_
 from expertmesh.parallel.mesh import Mesh
-from expertmesh.shards import is_sharded, shard_of
+from expertmesh.shards import is_sharded
 
 
 @torch.no_grad()
@@ -16,6 +17,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 
     The norm is the square root of the sum of squares over the logical parameters, however many
     ranks hold copies or pieces of each; a parameter that is used at several depths counts once.
+    The host waits for it: gradients within the bound are then not touched.
 
     Args:
         model: Its gradients must be complete, that is, summed over ranks.
@@ -27,11 +29,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = grad_norm(parameters, mesh)
-    if math.isfinite(max_norm):
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for param in parameters:
-            grad = _local_grad(param)
-            grad.mul_(factor.to(grad.dtype))
+    scale_(gradients_of(parameters), clip_factor(float(norm), max_norm))
     return norm
 
 
@@ -39,25 +37,18 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 def grad_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
     """The global norm of the gradients; all ranks of the mesh must ask together."""
     group = mesh.everyone
-    square = torch.zeros((), dtype=_accumulator(parameters), device=group.device)
-    for param in parameters:
-        grad = _local_grad(param)
-        if grad.numel():
-            own = torch.linalg.vector_norm(grad, dtype=square.dtype).square()
-            square += own / copies(param, mesh.grid.stage_size)
+    held = [param for param in parameters if param.grad is not None]
+    shares = [
+        norm.square() / copies(param, mesh.grid.stage_size)
+        for param, norm in zip(held, norms(gradients_of(held)), strict=True)
+    ]
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    square = torch.zeros((), dtype=dtype, device=group.device)
+    for share in shares:
+        square += share
     if group.process_group is not None:
         dist.all_reduce(square, group=group.process_group)
     return square.sqrt()
-
-
-def _accumulator(parameters: list[nn.Parameter]) -> torch.dtype:
-    wide = any(param.dtype == torch.float64 for param in parameters)
-    return torch.float64 if wide else torch.float32
-
-
-def _local_grad(param: nn.Parameter) -> Tensor:
-    assert param.grad is not None
-    return shard_of(param.grad).local
 
 
 def copies(param: Tensor, stage_size: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from expertmesh.data import Batch
 from expertmesh.errors import UserError
+from expertmesh.gradients import clip_factor, gradients_of, norms, scale_
 from expertmesh.routing import update_selection_bias
 from expertmesh.shards import shard_of
 from expertmesh.train.micro_batch import num_tokens
@@ -101,23 +102,22 @@ class Stepper:
         )
 
     def _unscale(self) -> None:
-        if not self.loss_scale.enabled:
-            return
-        for param in self.model.parameters():
-            if param.grad is not None:
-                # A power of two: nothing is rounded.
-                shard_of(param.grad).local.mul_(1 / self.loss_scale.scale)
+        # A power of two: nothing is rounded.
+        scale_(self._gradients(), 1 / self.loss_scale.scale)
 
     def _clip(self) -> float:
         if self.passes.mesh is not None:
             from expertmesh.parallel.clip import clip_grad_norm_
 
             return float(clip_grad_norm_(self.model, self.clip or math.inf, self.passes.mesh))
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = self._gradients()
+        norm = float(torch.linalg.vector_norm(torch.stack(norms(gradients))))
         if self.clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return float(norm)
+            scale_(gradients, clip_factor(norm, self.clip))
+        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        return gradients_of(list(self.model.parameters()))
 
     def _reduce_counts(self, counts: Tensor) -> Tensor:
         if self.passes.mesh is None:
