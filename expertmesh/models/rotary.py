@@ -4,9 +4,36 @@ No table is stored: nothing must be rebuilt after ``to_empty``, and no length is
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# An operation, which a compiler leaves whole: of its parts Inductor would compute every angle anew
+# for each head of each block, four times as long as turning takes. Defined with
+# ``torch.library.define``: ``custom_op`` imports the compiler at the first call.
+torch.library.define(
+    "expertmesh::cos_and_sin",
+    "(Tensor positions, int dim, float theta, ScalarType dtype) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("expertmesh::cos_and_sin", "CompositeExplicitAutograd")
+def _cos_and_sin(
+    positions: Tensor, dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim
+    angle = positions[:, None, :, None].to(dtype) * theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+@torch.library.register_fake("expertmesh::cos_and_sin")
+def _cos_and_sin_fake(
+    positions: Tensor, dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    batch, length = positions.shape
+    cos = positions.new_empty(batch, 1, length, dim // 2, dtype=dtype)
+    return cos, torch.empty_like(cos)
 
 
 @dataclass(frozen=True)
@@ -27,9 +54,7 @@ class Rotation:
             dtype: The model's type. Angles are in float32, or in float64 if that is the type.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        exponent = torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim
-        angle = positions[:, None, :, None].to(wide) * theta**-exponent
-        return Rotation(angle.cos(), angle.sin())
+        return Rotation(*torch.ops.expertmesh.cos_and_sin(positions, dim, theta, wide))
 
 
 def rotate_halves(x: Tensor, rotation: Rotation) -> Tensor:
@@ -42,9 +67,8 @@ def rotate_halves(x: Tensor, rotation: Rotation) -> Tensor:
     Returns:
         ``(B, H, S, dim)`` in ``x``'s type.
     """
-    first, second = x.chunk(2, dim=-1)
-    turned = _turn(first, second, rotation)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    turned: Tensor = _Halves.apply(x, rotation.cos, rotation.sin)
+    return turned
 
 
 def rotate_pairs(x: Tensor, rotation: Rotation) -> Tensor:
@@ -57,11 +81,42 @@ def rotate_pairs(x: Tensor, rotation: Rotation) -> Tensor:
     Returns:
         ``(B, H, S, dim)`` in ``x``'s type.
     """
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = _turn(first, second, rotation)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    turned: Tensor = _Pairs.apply(x, rotation.cos, rotation.sin)
+    return turned
 
 
-def _turn(first: Tensor, second: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-    cos, sin = rotation.cos, rotation.sin
-    return first * cos - second * sin, second * cos + first * sin
+class _Halves(torch.autograd.Function):
+    """The gradient of turning is turning back: nothing of ``x`` is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(_turn(first, second, cos, sin), dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Halves.apply(dy, cos, -sin), None, None
+
+
+class _Pairs(torch.autograd.Function):
+    """The same for neighbours."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack(_turn(first, second, cos, sin), dim=-1).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Pairs.apply(dy, cos, -sin), None, None
+
+
+def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Computed in the angles' type."""
+    turned = torch.addcmul(first * cos, second, sin, value=-1)
+    across = torch.addcmul(second * cos, first, sin)
+    return turned.to(first.dtype), across.to(first.dtype)
