@@ -5,8 +5,8 @@
 bfloat16, gated experts, natural routing by a random router over random tokens. For each shape:
 forward without gradient; forward and backward with the gradients of the input and of all
 parameters; MiB held between the two. Contenders take turns within each round, medians go to
-results/bench_gpu.json. A peer that is not installed is left out, and the table says so; how to
-install them stands in ``peers.py``.
+results/bench_gpu.json, where shapes that are not measured again stay as they are. A peer that is
+not installed is left out, and the table says so; how to install them stands in ``peers.py``.
 
 SonicMoE and Liger-Kernel measure candidates when a shape is new, for minutes. Without ``--tune``
 the first gets the one tile that it chose most often on an H200, the other its own fixed one.
@@ -15,6 +15,7 @@ the first gets the one tile that it chose most often on an H200, the other its o
 import argparse
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ from layer_gpu import (  # beside this file
     training_step,
 )
 from peers import PEERS
-from record import save
+from record import RESULTS, load_if_there, save, stamps_of
 from torch import nn
 
+NAME = "bench_gpu"
+BY_SHAPE = ("shapes", "median_ms", "saved_mib", "missing")
 OURS, BMM = "expertmesh", "cuBLAS bmm, GEMMs alone"
 
 
@@ -46,19 +49,25 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--tune", action="store_true", help="let peers tune themselves")
     parser.add_argument("--dry", action="store_true", help="write nothing: fill caches")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     arguments = parser.parse_args()
     if not arguments.tune:
         os.environ["LIGER_FUSED_MOE_AUTOTUNE"] = "0"
     torch.manual_seed(0)
-    results: dict[str, Any] = {"dtype": "bfloat16", "rounds": arguments.rounds}
-    results |= {"tuned": arguments.tune, **measure_ceilings()}
-    results |= {"shapes": {}, "median_ms": {}, "saved_mib": {}, "missing": {}}
+    about: dict[str, Any] = {"dtype": "bfloat16", "rounds": arguments.rounds}
+    about |= {"tuned": arguments.tune, **measure_ceilings()}
+    old = load_if_there(NAME, arguments.results)
+    if old.get("tuned", arguments.tune) != arguments.tune:
+        old = {}  # one table holds one kind
+    found: dict[str, dict[str, Any]] = {part: dict(old.get(part, {})) for part in BY_SHAPE}
+    rest = list(found["shapes"])
     for name in arguments.shapes:
-        results["shapes"][name] = asdict(SHAPES[name])
-        measure(name, arguments, results)
-        print_shape(name, results)
+        found["shapes"][name] = asdict(SHAPES[name])
+        measure(name, arguments, found)
+        print_shape(name, found)
+        rest = [shape for shape in rest if shape != name]
         if not arguments.dry:  # after each: a peer's tuner may outlast one's patience
-            save("bench_gpu", results)
+            save(NAME, about | found, arguments.results, kept=stamps_of(old, rest))
 
 
 def measure(name: str, arguments: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8b in float32, GPU": {"size": "8b", "dtype": "float32"},
     "34b, GPU": {"size": "34b"},
     "8b, GPU and RAM": {"size": "8b", "max_memory": {"0": "12GB", "cpu": "100GB"}},
-    "34b, GPU and RAM": {"size": "34b", "max_memory": {"0": "40GB", "cpu": "100GB"}},
+    "34b, GPU and RAM": {"size": "34b", "max_memory": {"0": "80GB", "cpu": "100GB"}},
     "8b, GPU, RAM and disk": {"size": "8b", "max_memory": {"0": "8GB", "cpu": "8GB"}},
 }
 TINY: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-TOP = 12
+TOP = 20
 PARTS = {
     "optimizer and clipping": ("adam", "multi_tensor_apply", "lpnorm", "foreach"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
