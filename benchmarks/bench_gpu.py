@@ -56,18 +56,30 @@ def main() -> None:
     torch.manual_seed(0)
     about: dict[str, Any] = {"dtype": "bfloat16", "rounds": arguments.rounds}
     about |= {"tuned": arguments.tune, **measure_ceilings()}
-    old = load_if_there(NAME, arguments.results)
-    if old.get("tuned", arguments.tune) != arguments.tune:
-        old = {}  # one table holds one kind
-    found: dict[str, dict[str, Any]] = {part: dict(old.get(part, {})) for part in BY_SHAPE}
-    rest = list(found["shapes"])
+    found: dict[str, dict[str, Any]] = {part: {} for part in BY_SHAPE}
     for name in arguments.shapes:
         found["shapes"][name] = asdict(SHAPES[name])
         measure(name, arguments, found)
         print_shape(name, found)
-        rest = [shape for shape in rest if shape != name]
         if not arguments.dry:  # after each: a peer's tuner may outlast one's patience
-            save(NAME, about | found, arguments.results, kept=stamps_of(old, rest))
+            keep(about, found, arguments.results)
+
+
+def keep(about: dict[str, Any], found: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Save beside what is there: another process may measure other shapes on another GPU."""
+    old = load_if_there(NAME, folder)
+    if old.get("tuned", about["tuned"]) != about["tuned"]:
+        old = {}  # one table holds one kind
+    rest = [shape for shape in old.get("shapes", {}) if shape not in found["shapes"]]
+    merged = {
+        part: {shape: row for shape, row in old.get(part, {}).items() if shape in rest} | rows
+        for part, rows in found.items()
+    }
+    ordered = {
+        part: {shape: rows[shape] for shape in SHAPES if shape in rows}
+        for part, rows in merged.items()
+    }
+    save(NAME, about | ordered, folder, kept=stamps_of(old, rest))
 
 
 def measure(name: str, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
