@@ -15,6 +15,7 @@ ROOT = Path(expertmesh.__file__).parent
 ORDER = [
     "errors",
     "shards",
+    "gradients",
     "random",
     "recompute",
     "uncompiled",

@@ -36,6 +36,8 @@ class Evidence:
         sequence_length: Tokens of a sequence on this rank, or None.
         population: The ranks whose tokens form the micro-batch.
         key: Says where each token stands in it, or None.
+        norm_T: logsumexp of the logits without noise, with gradient, where it is known already.
+        softmax: Whether ``score_TE`` came out of a softmax.
     """
 
     logits: NoisyLogits
@@ -46,6 +48,8 @@ class Evidence:
     sequence_length: int | None
     population: Population
     key: RandomKey | None
+    norm_T: Tensor | None = None
+    softmax: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -151,7 +155,7 @@ def _product(evidence: Evidence, chosen_TK: Tensor, scope: Scope) -> Tensor:
     """sum_e f_e P_e for each group, f_e the choices of e per token."""
     if evidence.is_whole and scope in ("micro_batch", "sequence") and counts(evidence.score_TE):
         size = scope_size(scope, len(chosen_TK), evidence.sequence_length)
-        return router_balance(evidence.score_TE, chosen_TK, size)
+        return router_balance(evidence.score_TE, chosen_TK, size, softmax=evidence.softmax)
     ones_TK = torch.ones_like(chosen_TK, dtype=evidence.score_TE.dtype)
     hits_TE = evidence.spread(ones_TK, chosen_TK)
     tokens_G1 = evidence.num_tokens(scope).clamp_min(1)[:, None]
@@ -373,9 +377,10 @@ class ZLoss(BalanceLoss):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         logits_TE = evidence.logits.clean_TE
-        if evidence.is_whole and counts(logits_TE):
+        norm_T = evidence.norm_T
+        if norm_T is None and evidence.is_whole and counts(logits_TE):
             return self.coef * router_z(logits_TE)
-        square_T = logits_TE.logsumexp(dim=1) ** 2
+        square_T = (logits_TE.logsumexp(dim=1) if norm_T is None else norm_T) ** 2
         if evidence.is_whole:
             return self.coef * square_T.mean()
         total = evidence.total(square_T, "micro_batch").sum()

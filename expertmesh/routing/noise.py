@@ -29,11 +29,13 @@ class NoisyLogits:
         noisy_TE: ``(T, E)``; what scores and selection use.
         std_TE: Standard deviation of additive normal noise, broadcastable to ``(T, E)``, or None
             where the noise is of another kind.
+        factors: x and weight where ``router_logits`` made them, without noise; else None.
     """
 
     clean_TE: Tensor
     noisy_TE: Tensor
     std_TE: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 class Noise(nn.Module, ABC):

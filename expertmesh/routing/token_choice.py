@@ -36,12 +36,16 @@ Renormalize = Literal["no", "chosen", "kept"]
 
 
 class _Scored(NamedTuple):
-    """Scores, the k best and their gates; what the k best ask for where that is known already."""
+    """Scores, the k best and their gates; what is known with them already.
+
+    That may be the load that the k best ask for, and logsumexp of the logits that were scored.
+    """
 
     chosen_TK: Tensor
     score_TE: Tensor
     gate_TK: Tensor
-    load_E: Tensor | None
+    load_E: Tensor | None = None
+    norm_T: Tensor | None = None
 
 
 class _Admitted(NamedTuple):
@@ -144,8 +148,8 @@ class TokenChoice(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits = self._logits(x_TD, draw)
             score = self._score_fused if self._fused(x_TD) else self._score
-            chosen_TK, score_TE, gate_TK, load_E = score(
-                logits.noisy_TE, padding_mask, routing, draw
+            chosen_TK, score_TE, gate_TK, load_E, norm_T = score(
+                logits, padding_mask, routing, draw
             )
             if routing is None:
                 admitted = self._admit(chosen_TK, gate_TK.detach(), load_E, sequence_length, draw)
@@ -164,6 +168,8 @@ class TokenChoice(Router):
                     sequence_length=sequence_length,
                     population=self.population,
                     key=key,
+                    norm_T=norm_T if logits.clean_TE is logits.noisy_TE else None,
+                    softmax=self.score == "softmax",
                 )
                 losses = by_name(self.losses, evidence)
         if self.bias is not None:
@@ -181,19 +187,21 @@ class TokenChoice(Router):
         )
 
     def _score(
-        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None, draw: Draw
+        self, logits: NoisyLogits, padding_mask: Tensor | None, routing: Routing | None, draw: Draw
     ) -> _Scored:
+        logits_TE = logits.noisy_TE
         score_TE = SCORES[self.score](logits_TE)
         if routing is None:
             chosen_TK = self._choose(score_TE, logits_TE, padding_mask, draw)
         else:
             chosen_TK = routing.chosen_TK
-        return _Scored(chosen_TK, score_TE, self._gates(score_TE, chosen_TK), None)
+        return _Scored(chosen_TK, score_TE, self._gates(score_TE, chosen_TK))
 
     def _score_fused(
-        self, logits_TE: Tensor, padding_mask: Tensor | None, routing: Routing | None, draw: Draw
+        self, logits: NoisyLogits, padding_mask: Tensor | None, routing: Routing | None, draw: Draw
     ) -> _Scored:
         """``_score`` by kernels. The gates are those of the decision, which may be a kept one."""
+        logits_TE = logits.noisy_TE
         rule = {"sigmoid": self.score == "sigmoid", "renormalize": self.renormalize == "chosen"}
         by_score = self.bias is None and self.group_limit is None and not self._samples
         if routing is not None:
@@ -206,7 +214,8 @@ class TokenChoice(Router):
         else:
             chosen_TK = router_choose(logits_TE, self.k, rule["sigmoid"])
             chosen_TK = self._decided(chosen_TK, padding_mask)
-        return _Scored(chosen_TK, *router_gates(logits_TE, chosen_TK, **rule, scale=self.scale))
+        gates = router_gates(logits_TE, chosen_TK, **rule, scale=self.scale, factors=logits.factors)
+        return _Scored(chosen_TK, *gates)
 
     @property
     def _samples(self) -> bool:

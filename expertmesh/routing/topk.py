@@ -134,7 +134,7 @@ class TopKRouter(TokenChoice):
         noisy = self.training and self.noise is not None
         if not noisy and self._fused(x_TD):
             logits_TE = router_logits(x_TD, self.weight_ED)
-            return NoisyLogits(logits_TE, logits_TE)
+            return NoisyLogits(logits_TE, logits_TE, factors=(x_TD, self.weight_ED))
         wide = wide_dtype(x_TD, self.weight_ED)
         x_TD, weight_ED = x_TD.to(wide), self.weight_ED.to(wide)
         if self.training and self.noise is not None:
@@ -146,5 +146,7 @@ class TopKRouter(TokenChoice):
         if self.logit_bias_E is None:
             return logits
         bias_E = self.logit_bias_E.to(logits.clean_TE.dtype)
-        clean_TE, noisy_TE = logits.clean_TE + bias_E, logits.noisy_TE + bias_E
+        clean_TE = noisy_TE = logits.clean_TE + bias_E
+        if logits.noisy_TE is not logits.clean_TE:
+            noisy_TE = logits.noisy_TE + bias_E
         return NoisyLogits(clean_TE, noisy_TE, logits.std_TE)

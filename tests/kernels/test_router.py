@@ -99,16 +99,14 @@ def test_large_logits(scale: float, sigmoid: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize(
-    ("from_scores", "from_gates"), [(False, True), (True, False), (True, True)]
-)
+@pytest.mark.parametrize("sources", ["g", "s", "n", "sg", "sgn"])
 def test_gates_match_reference(
     shape: tuple[int, int, int, int],
     sigmoid: bool,
     renormalize: bool,
-    from_scores: bool,
-    from_gates: bool,
+    sources: str,
 ) -> None:
+    """Gradients from any of scores, gates and norms."""
     T, _, E, K = shape
     logits = normal(T, E, seed=5).requires_grad_()
     chosen = reference_choose(logits.detach(), K, sigmoid)
@@ -116,16 +114,15 @@ def test_gates_match_reference(
     chosen[1:2] = E
     rule = {"sigmoid": sigmoid, "renormalize": renormalize, "scale": 1.7}
     wide = logits.detach().double().requires_grad_()
-    score, gate, load = router_gates(logits, chosen, **rule)
+    actual = router_gates(logits, chosen, **rule)
     expected = reference_gates(wide, chosen, **rule)
-    assert_close("score", score, expected[0].float(), 1e-6)
-    assert_close("gate", gate, expected[1].float(), 1e-6)
-    assert torch.equal(load, expected[2])
-    pairs = ((score, expected[0], from_scores), (gate, expected[1], from_gates))
-    got, want = (
-        sum((pair[i] * normal(*pair[i].shape, seed=6)).sum() for pair in pairs if pair[2])
-        for i in (0, 1)
-    )
+    assert torch.equal(actual[2], expected[2])
+    got = want = 0
+    for name, i in (("score", 0), ("gate", 1), ("norm", 3)):
+        assert_close(name, actual[i], expected[i].float(), 1e-6)
+        if name[0] in sources:
+            weights = normal(*actual[i].shape, seed=6)
+            got, want = got + (actual[i] * weights).sum(), want + (expected[i] * weights).sum()
     (dlogits,) = torch.autograd.grad(got, logits)
     (exact,) = torch.autograd.grad(want, wide)
     assert_close("dlogits", dlogits, exact.float(), 1e-5)
@@ -142,7 +139,7 @@ def test_select_is_choose_and_gates(
     rule = {"sigmoid": sigmoid, "renormalize": renormalize, "scale": 0.7}
     chosen, *rest = router_select(logits, K, **rule)
     assert torch.equal(chosen, reference_choose(logits.double(), K, sigmoid))
-    expected = reference_gates(logits.double(), chosen, **rule)
+    expected = reference_gates(logits.double(), chosen, **rule)[:3]
     for name, got, want in zip(("score", "gate", "load"), rest, expected, strict=True):
         assert_close(name, got, want.to(got.dtype), 1e-6)
 
@@ -159,8 +156,10 @@ def test_scores_of_nothing_chosen_have_no_gradient_through_gates() -> None:
 def step(x: Tensor, weight: Tensor) -> Tensor:
     logits = router_logits(x, weight)
     chosen = router_choose(logits, 2, False)
-    score, gate, load = router_gates(logits, chosen, sigmoid=False, renormalize=True, scale=1.0)
-    return (gate * load[chosen]).sum() + score.square().sum() + logits.logsumexp(1).sum()
+    score, gate, load, norm = router_gates(
+        logits, chosen, sigmoid=False, renormalize=True, scale=1.0, factors=(x, weight)
+    )
+    return (gate * load[chosen]).sum() + score.square().sum() + norm.sum() + logits.exp().sum()
 
 
 def test_compiles_as_one_graph_with_its_gradient() -> None:
@@ -179,7 +178,8 @@ def test_operations_describe_themselves() -> None:
     x, weight = normal(150, 8, seed=0).bfloat16(), normal(5, 8, seed=1)
     logits = router_logits(x, weight)
     chosen = router_choose(logits, 2, False)
-    score, gate, _ = router_gates(logits, chosen, sigmoid=False, renormalize=True, scale=1.0)
+    score, gate, _, norm = router_gates(logits, chosen, sigmoid=False, renormalize=True, scale=1.0)
+    narrow, parts = chosen.short(), torch.stack([logits, logits], dim=1)
     for op, given in (
         (ops.router_logits, (x, weight)),
         (ops.router_logits, (x[:3], weight)),
@@ -187,7 +187,11 @@ def test_operations_describe_themselves() -> None:
         (ops.router_choose, (logits, 2, True)),
         (ops.router_select, (logits, 2, False, True, 1.0)),
         (ops.router_gates, (logits, chosen, False, True, 1.0)),
-        (ops.router_gates_backward, (score, chosen, None, gate, False, True, 1.0)),
+        (ops.router_logits_again, (x, weight)),
+        (ops.router_logits_again, (x, weight.bfloat16())),
+        (ops.router_logits_again, (x[:3], weight)),
+        (ops.router_gates_backward, (parts, narrow, None, gate, norm, False, True, 1.0)),
+        (ops.router_gates_backward, (parts, narrow, score, None, None, True, True, 1.0)),
     ):
         torch.library.opcheck(op, given, test_utils=checks)
 
@@ -278,6 +282,45 @@ def test_load_times_probability(tokens: int, num_experts: int, k: int, size: int
     (dscore,) = torch.autograd.grad(got, score, grad)
     (exact,) = torch.autograd.grad(expected, wide, grad.double())
     assert_close("dscore", dscore, exact.float(), 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (40, 40), (40, 20)])
+def test_load_times_probability_of_a_softmax(tokens: int, size: int) -> None:
+    """Its gradient is right once it has passed the softmax, with another of the scores, too."""
+    logits = normal(tokens, 6, seed=8).requires_grad_()
+    chosen = reference_choose(logits.detach(), 2, False)
+    rule = {"sigmoid": False, "renormalize": True, "scale": 1.0}
+    wide = logits.detach().double().requires_grad_()
+    grad, other = normal(tokens // size, seed=9), normal(tokens, 6, seed=10)
+    for also in (0.0, 1.0):
+        score = router_gates(logits, chosen, **rule)[0]
+        got = (router_balance(score, chosen, size, softmax=True) * grad).sum()
+        share = torch.nn.functional.one_hot(chosen, 6).sum(1).double().view(-1, size, 6).mean(1)
+        exact_score = wide.softmax(1)
+        want = ((share * exact_score.view(-1, size, 6).mean(1)).sum(1) * grad).sum()
+        (dlogits,) = torch.autograd.grad(got + also * (score * other).sum(), logits)
+        (exact,) = torch.autograd.grad(want + also * (exact_score * other).sum(), wide)
+        assert_close("dlogits", dlogits, exact.float(), 1e-5)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [9, 150])
+def test_gradients_by_logits_computed_again(tokens: int, dtype: torch.dtype, sigmoid: bool) -> None:
+    x = normal(tokens, 40, seed=0).bfloat16().requires_grad_()
+    weight = normal(5, 40, seed=1).div(6).to(dtype).requires_grad_()
+    gradients = []
+    for factors in (None, (x, weight)):
+        logits = router_logits(x, weight)
+        chosen = router_choose(logits, 2, sigmoid)
+        score, gate, _, norm = router_gates(
+            logits, chosen, sigmoid=sigmoid, renormalize=False, scale=1.0, factors=factors
+        )
+        loss = score.square().sum() + (gate * normal(tokens, 2, seed=2)).sum() + norm.sum()
+        gradients.append(torch.autograd.grad(loss, (x, weight)))
+    exact = tokens <= 128 or dtype == torch.bfloat16
+    for name, tol, held, again in zip(("x", "weight"), (2e-3, 1e-5), *gradients, strict=True):
+        assert_close(name, again, held, 0.0 if exact else tol)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])

@@ -54,8 +54,11 @@ class DecodeMLP(MLPBackend):
     def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
         if operands.expert_RK.numel() == 0:
             return operands.x_RD.new_zeros(operands.x_RD.shape, dtype=spec.out_dtype)
-        expert_RK = operands.expert_RK.to(torch.int64).contiguous()
         up, bias, down_bias = operands.up, operands.up_bias, operands.down_bias_ED
+        expert_RK = operands.expert_RK.to(torch.int64).contiguous()
+        weight_RK = operands.weight_RK.contiguous()
+        # Before the first launch: the second reads weights before the first has ended.
+        down_EDF = operands.down_EDF.contiguous()
         hidden_NF, order_N, offset_E1 = torch.ops.expertmesh.decode_up(
             operands.x_RD.contiguous(),
             expert_RK,
@@ -66,10 +69,10 @@ class DecodeMLP(MLPBackend):
         y_RD: Tensor = torch.ops.expertmesh.decode_down(
             hidden_NF,
             expert_RK,
-            operands.weight_RK.contiguous(),
+            weight_RK,
             order_N,
             offset_E1,
-            operands.down_EDF.contiguous(),
+            down_EDF,
             None if down_bias is None else down_bias.contiguous(),
             spec.out_dtype,
         )

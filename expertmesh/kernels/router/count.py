@@ -41,15 +41,22 @@ def _one_program_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    _add_load(load, load_total, tokens_total, T, E, BLOCK_E)
+    # Everything is fetched before anything is written: one wait for memory, not three.
+    e = tl.arange(0, BLOCK_E)
+    bins = tl.arange(0, BINS)
+    all_load = tl.load(load_total + e, mask=e < E, other=0) + tl.load(load + e, mask=e < E, other=0)
+    all_tokens = tl.load(tokens_total) + T
+    all_made, all_lost = tl.load(choices_total + bins), tl.load(dropped_total + bins)
+    all_entropy, all_peak = tl.load(entropy_total), tl.load(max_logit)
     made, lost, entropy, peak = _statistics(
         logits, chosen, dropped, 0, T, length, E, K, BINS, BLOCK_T, BLOCK_E, BLOCK_K
     )
-    bins = tl.arange(0, BINS)
-    tl.store(choices_total + bins, tl.load(choices_total + bins) + made)
-    tl.store(dropped_total + bins, tl.load(dropped_total + bins) + lost)
-    tl.store(entropy_total, tl.load(entropy_total) + entropy)
-    tl.store(max_logit, tl.maximum(tl.load(max_logit), peak))
+    tl.store(load_total + e, all_load, mask=e < E)
+    tl.store(tokens_total, all_tokens)
+    tl.store(choices_total + bins, all_made + made)
+    tl.store(dropped_total + bins, all_lost + lost)
+    tl.store(entropy_total, all_entropy + entropy)
+    tl.store(max_logit, tl.maximum(all_peak, peak))
 
 
 @triton.jit
@@ -147,6 +154,9 @@ def _statistics(
     wanted = (t < T)[:, None] & (k < K)[None, :]
     own = tl.load(chosen + choice, mask=wanted, other=E)
     lost = tl.load(dropped + choice, mask=wanted, other=0)
+    inside = (t < T)[:, None] & (e < E)[None, :]
+    cell = t.to(tl.int64)[:, None] * E + e[None, :]
+    value = tl.load(logits + cell, mask=inside, other=0.0)
     bin_T = (t % length).to(tl.int64) * BINS // length
     here = bin_T[:, None] == tl.arange(0, BINS)[None, :]
     made_T1 = tl.sum((own < E).to(tl.int32), axis=1)[:, None]
@@ -154,9 +164,6 @@ def _statistics(
     made = tl.sum(tl.where(here, made_T1, 0), axis=0)
     lost = tl.sum(tl.where(here, lost_T1, 0), axis=0)
 
-    inside = (t < T)[:, None] & (e < E)[None, :]
-    cell = t.to(tl.int64)[:, None] * E + e[None, :]
-    value = tl.load(logits + cell, mask=inside, other=0.0)
     peak = tl.max(tl.max(tl.abs(value), axis=1), axis=0)
     shifted = value - tl.max(tl.where(inside, value, float("-inf")), axis=1)[:, None]
     shifted = tl.where(inside, shifted, 0.0)

@@ -15,6 +15,9 @@ from torch import Tensor
 _FEW_TOKENS = 128
 """Up to this many tokens the logits are computed by fused multiply-add."""
 
+_NARROW = torch.int16
+"""Of the ids that are held until backward; there are at most 1024 experts."""
+
 _SCHEMAS = {
     "router_balance": "(Tensor score, Tensor chosen, int size) -> (Tensor, Tensor)",
     "router_balance_backward": "(Tensor score, Tensor fraction, Tensor dproduct, int size)"
@@ -22,15 +25,16 @@ _SCHEMAS = {
     "router_count": "(Tensor logits, Tensor chosen, Tensor dropped, Tensor load,"
     " Tensor(a!)[] counters, int length) -> ()",
     "router_logits": "(Tensor x, Tensor weight) -> Tensor",
+    "router_logits_again": "(Tensor x, Tensor weight) -> Tensor",
     "router_logits_backward": "(Tensor dlogits, Tensor x, Tensor weight, bool[2] wanted)"
     " -> (Tensor, Tensor)",
     "router_choose": "(Tensor logits, int k, bool sigmoid) -> Tensor",
     "router_select": "(Tensor logits, int k, bool sigmoid, bool renormalize, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "router_gates": "(Tensor logits, Tensor chosen, bool sigmoid, bool renormalize, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    "router_gates_backward": "(Tensor score, Tensor chosen, Tensor? dscore, Tensor? dgate,"
-    " bool sigmoid, bool renormalize, float scale) -> Tensor",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "router_gates_backward": "(Tensor parts, Tensor narrow, Tensor? dscore, Tensor? dgate,"
+    " Tensor? dnorm, bool sigmoid, bool renormalize, float scale) -> Tensor",
     "router_z": "(Tensor logits) -> (Tensor, Tensor)",
     "router_z_backward": "(Tensor logits, Tensor norm, Tensor dmean) -> Tensor",
 }
@@ -53,7 +57,7 @@ def _empty_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 @_implement("router_logits")
 def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    from expertmesh.kernels.router import triton as kernels
+    from expertmesh.kernels.router import logits as kernels
 
     x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
     if len(x_TD) <= _FEW_TOKENS:
@@ -64,6 +68,29 @@ def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return _product(x_TD, weight_ED.T)
     part_XD = kernels.split(weight_ED, (0, 1, 2), by_row=False)
     return _product(x_TD, part_XD.T).view(len(x_TD), 3, -1).sum(dim=1)
+
+
+@_fake("router_logits_again")
+def _empty_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Float32 weights make two parts: without the last, 2^-17 of the logits is left out."""
+    T, E = len(x_TD), len(weight_ED)
+    whole = weight_ED.dtype == torch.bfloat16 or T <= _FEW_TOKENS
+    return x_TD.new_empty(T, 1 if whole else 2, E, dtype=torch.float32)
+
+
+@_implement("router_logits_again")
+def _logits_again(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    from expertmesh.kernels.router import logits as kernels
+
+    x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
+    if len(x_TD) <= _FEW_TOKENS:
+        parts_TPE = _empty_parts(x_TD, weight_ED)
+        kernels.few_logits(x_TD, weight_ED, parts_TPE)
+        return parts_TPE
+    if weight_ED.dtype == torch.bfloat16:
+        return _product(x_TD, weight_ED.T).unsqueeze(1)
+    part_XD = kernels.split(weight_ED, (0, 1), by_row=False)
+    return _product(x_TD, part_XD.T).view(len(x_TD), 2, -1)
 
 
 @_fake("router_logits_backward")
@@ -81,7 +108,7 @@ def _empty_logits_backward(
 def _logits_backward(
     dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    from expertmesh.kernels.router import triton as kernels
+    from expertmesh.kernels.router import logits as kernels
 
     E, D = weight_ED.shape
     dx, dweight = x_TD.new_empty(0), weight_ED.new_empty(0)
@@ -111,7 +138,7 @@ def _empty_choice(logits_TE: Tensor, k: int, sigmoid: bool) -> Tensor:
 
 @_implement("router_choose")
 def _choose(logits_TE: Tensor, k: int, sigmoid: bool) -> Tensor:
-    from expertmesh.kernels.router import triton as kernels
+    from expertmesh.kernels.router import selection as kernels
 
     chosen_TK = _empty_choice(logits_TE, k, sigmoid)
     kernels.choose(logits_TE.contiguous(), sigmoid, chosen_TK)
@@ -123,80 +150,91 @@ def _empty_selection(
     logits_TE: Tensor, k: int, sigmoid: bool, renormalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen_TK = _empty_choice(logits_TE, k, sigmoid)
-    return chosen_TK, *_empty_gates(logits_TE, chosen_TK, sigmoid, renormalize, scale)
+    gates = _empty_gates(logits_TE, chosen_TK, sigmoid, renormalize, scale)
+    return chosen_TK, *gates[:3]
 
 
 @_implement("router_select")
 def _select(
     logits_TE: Tensor, k: int, sigmoid: bool, renormalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from expertmesh.kernels.router import triton as kernels
+    from expertmesh.kernels.router import gates, selection
 
     rule = (sigmoid, renormalize, scale)
-    chosen_TK, score_TE, gate_TK, _ = _empty_selection(logits_TE, k, *rule)
     logits_TE = logits_TE.contiguous()
     if len(logits_TE) <= _FEW_TOKENS:
-        load_E = kernels.select(logits_TE, *rule, chosen_TK, score_TE, gate_TK)
-    else:  # all at once needs too many registers to be faster than one after the other
-        kernels.choose(logits_TE, sigmoid, chosen_TK)
-        load_E = kernels.gates(logits_TE, chosen_TK, *rule, score_TE, gate_TK)
+        chosen_TK, score_TE, gate_TK, _ = _empty_selection(logits_TE, k, *rule)
+        load_E = selection.select(logits_TE, *rule, chosen_TK, score_TE, gate_TK)
+        return chosen_TK, score_TE, gate_TK, load_E
+    # All at once needs too many registers to be faster than one after the other.
+    chosen_TK = _empty_choice(logits_TE, k, sigmoid)
+    selection.choose(logits_TE, sigmoid, chosen_TK)
+    score_TE, gate_TK, _, *unused = _empty_gates(logits_TE, chosen_TK, *rule)
+    load_E = gates.gates(logits_TE, chosen_TK, *rule, score_TE, gate_TK, *unused)
     return chosen_TK, score_TE, gate_TK, load_E
 
 
 @_fake("router_gates")
 def _empty_gates(
     logits_TE: Tensor, chosen_TK: Tensor, sigmoid: bool, renormalize: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    score_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     gate_TK = logits_TE.new_empty(chosen_TK.shape)
     load_E = chosen_TK.new_empty(logits_TE.shape[1])
-    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format), gate_TK, load_E
+    norm_T = logits_TE.new_empty(len(logits_TE))
+    return score_TE, gate_TK, load_E, norm_T, chosen_TK.new_empty(chosen_TK.shape, dtype=_NARROW)
 
 
 @_implement("router_gates")
 def _gates(
     logits_TE: Tensor, chosen_TK: Tensor, sigmoid: bool, renormalize: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from expertmesh.kernels.router import triton as kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from expertmesh.kernels.router import gates as kernels
 
     logits_TE, chosen_TK = logits_TE.contiguous(), chosen_TK.contiguous()
     given = (logits_TE, chosen_TK, sigmoid, renormalize, scale)
-    score_TE, gate_TK, _ = _empty_gates(*given)
-    load_E = kernels.gates(*given, score_TE, gate_TK)
-    return score_TE, gate_TK, load_E
+    score_TE, gate_TK, _, norm_T, narrow_TK = _empty_gates(*given)
+    load_E = kernels.gates(*given, score_TE, gate_TK, norm_T, narrow_TK)
+    return score_TE, gate_TK, load_E, norm_T, narrow_TK
 
 
 @_fake("router_gates_backward")
 def _empty_gates_backward(
-    score_TE: Tensor,
-    chosen_TK: Tensor,
+    parts_TPE: Tensor,
+    narrow_TK: Tensor,
     dscore_TE: Tensor | None,
     dgate_TK: Tensor | None,
+    dnorm_T: Tensor | None,
     sigmoid: bool,
     renormalize: bool,
     scale: float,
 ) -> Tensor:
-    return torch.empty_like(score_TE)
+    return parts_TPE.new_empty(parts_TPE.shape[0], parts_TPE.shape[2])
 
 
 @_implement("router_gates_backward")
 def _gates_backward(
-    score_TE: Tensor,
-    chosen_TK: Tensor,
+    parts_TPE: Tensor,
+    narrow_TK: Tensor,
     dscore_TE: Tensor | None,
     dgate_TK: Tensor | None,
+    dnorm_T: Tensor | None,
     sigmoid: bool,
     renormalize: bool,
     scale: float,
 ) -> Tensor:
-    from expertmesh.kernels.router import triton as kernels
+    from expertmesh.kernels.router import gates as kernels
 
-    dlogits_TE = torch.empty_like(score_TE)
-    dscore_TE, dgate_TK = (g if g is None else g.contiguous() for g in (dscore_TE, dgate_TK))
+    parts_TPE = parts_TPE.contiguous()
+    dlogits_TE = parts_TPE.new_empty(parts_TPE.shape[0], parts_TPE.shape[2])
+    if dscore_TE is not None and dscore_TE.stride(1) != 1:
+        dscore_TE = dscore_TE.contiguous()
     kernels.gates_backward(
-        score_TE,
-        chosen_TK.contiguous(),
+        parts_TPE,
+        narrow_TK,
         dscore_TE,
-        dgate_TK,
+        None if dgate_TK is None else dgate_TK.contiguous(),
+        None if dnorm_T is None else dnorm_T.contiguous(),
         sigmoid,
         renormalize,
         scale,

@@ -45,11 +45,30 @@ def router_select(
 
 
 def router_gates(
-    logits_TE: Tensor, chosen_TK: Tensor, *, sigmoid: bool, renormalize: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, gates and load, the first two differentiable; see ``reference_gates``."""
-    results: tuple[Tensor, Tensor, Tensor] = _Gates.apply(
-        logits_TE, chosen_TK, sigmoid, renormalize, scale
+    logits_TE: Tensor,
+    chosen_TK: Tensor,
+    *,
+    sigmoid: bool,
+    renormalize: bool,
+    scale: float,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, gates, load and norms, all but the load differentiable; see ``reference_gates``.
+
+    Args:
+        logits_TE: Router logits.
+        chosen_TK: int64, E where nothing was chosen.
+        sigmoid: Whether scores are sigmoids; softmax otherwise.
+        renormalize: Whether each row's weights are divided by their sum.
+        scale: Multiplies the weights.
+        factors: x and weight where the logits are ``router_logits(x, weight)``. These two are held
+            until backward in any case: the logits are then computed again and not held.
+
+    Returns:
+        ``score_TE``, ``gate_TK``, ``load_E``, and ``norm_T``, each token's logsumexp of logits.
+    """
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _Gates.apply(
+        logits_TE, chosen_TK, sigmoid, renormalize, scale, *(factors or ())
     )
     return results
 
@@ -76,18 +95,23 @@ def router_count(
     torch.ops.expertmesh.router_count(logits_TE, chosen_TK, dropped_TK, load_E, counters, length)
 
 
-def router_balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> Tensor:
+def router_balance(
+    score_TE: Tensor, chosen_TK: Tensor, size: int, *, softmax: bool = False
+) -> Tensor:
     """``sum_e f_e P_e`` of each ``size`` consecutive tokens: choices of e times mean probability.
 
     Args:
         score_TE: float32; divided by their sum they are probabilities.
         chosen_TK: int64, E where nothing was chosen; f carries no gradient.
         size: Tokens of a group; divides T.
+        softmax: Whether the scores come out of a softmax. Then they sum to 1, and their gradient
+            is given up to a constant in each row, of which a softmax passes nothing on: it is f,
+            for all tokens of a group the same, and no score is held until backward.
 
     Returns:
         ``(T / size,)``, differentiable.
     """
-    product_G: Tensor = _Balance.apply(score_TE, chosen_TK, size)
+    product_G: Tensor = _Balance.apply(score_TE, chosen_TK, size, softmax)
     return product_G
 
 
@@ -126,41 +150,57 @@ class _Gates(torch.autograd.Function):
         sigmoid: bool,
         renormalize: bool,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.rule = (sigmoid, renormalize, scale)
-        results: tuple[Tensor, Tensor, Tensor] = torch.ops.expertmesh.router_gates(
+        score_TE, gate_TK, load_E, norm_T, narrow_TK = torch.ops.expertmesh.router_gates(
             logits_TE, chosen_TK, *ctx.rule
         )
-        ctx.save_for_backward(results[0], chosen_TK)
-        ctx.mark_non_differentiable(results[2])
+        ctx.save_for_backward(narrow_TK, *(factors or (logits_TE,)))
+        ctx.mark_non_differentiable(load_E)
         ctx.set_materialize_grads(False)
-        return results
+        return score_TE, gate_TK, load_E, norm_T
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dscore_TE: Tensor | None, dgate_TK: Tensor | None, _: None
+        ctx: Any,
+        dscore_TE: Tensor | None,
+        dgate_TK: Tensor | None,
+        _: None,
+        dnorm_T: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        if dscore_TE is None and dgate_TK is None:
-            return (None,) * 5
-        backward = torch.ops.expertmesh.router_gates_backward
-        return backward(*ctx.saved_tensors, dscore_TE, dgate_TK, *ctx.rule), None, None, None, None
+        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+        if dscore_TE is None and dgate_TK is None and dnorm_T is None:
+            return None, *nothing
+        ops = torch.ops.expertmesh
+        narrow_TK, *source = ctx.saved_tensors
+        held = len(source) == 1
+        parts_TPE = source[0].unsqueeze(1) if held else ops.router_logits_again(*source)
+        given = (parts_TPE, narrow_TK, dscore_TE, dgate_TK, dnorm_T)
+        return ops.router_gates_backward(*given, *ctx.rule), *nothing
 
 
 class _Balance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, score_TE: Tensor, chosen_TK: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, score_TE: Tensor, chosen_TK: Tensor, size: int, softmax: bool) -> Tensor:
         ctx.size = size
         product_G: Tensor
         product_G, fraction_GE = torch.ops.expertmesh.router_balance(score_TE, chosen_TK, size)
-        ctx.save_for_backward(score_TE, fraction_GE)
+        ctx.save_for_backward(fraction_GE, *(() if softmax else (score_TE,)))
         return product_G
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dproduct_G: Tensor) -> tuple[Tensor | None, ...]:
+        fraction_GE, *scores = ctx.saved_tensors
+        nothing = (None,) * 3
+        if not scores:
+            slope_GE = fraction_GE * (dproduct_G / ctx.size)[:, None]
+            # The rows of a single group stay one row in memory.
+            return slope_GE[:, None].expand(-1, ctx.size, -1).flatten(0, 1), *nothing
         backward = torch.ops.expertmesh.router_balance_backward
-        return backward(*ctx.saved_tensors, dproduct_G, ctx.size), None, None
+        return backward(scores[0], fraction_GE, dproduct_G, ctx.size), *nothing
 
 
 class _Z(torch.autograd.Function):

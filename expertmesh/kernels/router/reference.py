@@ -23,8 +23,8 @@ def reference_choose(logits_TE: Tensor, k: int, sigmoid: bool) -> Tensor:
 
 def reference_gates(
     logits_TE: Tensor, chosen_TK: Tensor, sigmoid: bool, renormalize: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, the weights of the chosen and how often each expert was chosen.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, the weights of the chosen, how often each expert was chosen, and norms.
 
     Args:
         logits_TE: ``(T, E)``.
@@ -34,7 +34,8 @@ def reference_gates(
         scale: Multiplies the weights.
 
     Returns:
-        ``score_TE``; ``gate_TK``, zero at sentinels; ``load_E`` int64.
+        ``score_TE``; ``gate_TK``, zero at sentinels; ``load_E`` int64; ``norm_T``, each token's
+        logsumexp of logits.
     """
     num_experts = logits_TE.shape[1]
     score_TE = reference_scores(logits_TE, sigmoid)
@@ -45,4 +46,4 @@ def reference_gates(
         total_T1 = gate_TK.sum(dim=1, keepdim=True)
         gate_TK = gate_TK / total_T1.clamp_min(torch.finfo(gate_TK.dtype).tiny)
     load_E = torch.bincount(chosen_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
-    return score_TE, scale * gate_TK, load_E
+    return score_TE, scale * gate_TK, load_E, logits_TE.logsumexp(dim=1)

@@ -1,0 +1,90 @@
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of kernels: only its own may stand there.
+"""What the router's kernels share. Everything is float32 inside."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.triton_support import has_dependent_launch
+
+TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(base, first, COUNT: tl.constexpr, end):
+    """Ask for the lines of COUNT numbers in L2 while the kernel before ends.
+
+    Nothing is read: they may still be written.
+    """
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
+    number = tl.minimum(first + tl.arange(0, COUNT // LINE) * LINE, end - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(base + number).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def softmax(logits, inside):
+    """With each row's largest logit, and the sum of exponentials over it."""
+    logits = tl.where(inside, logits, float("-inf"))
+    peak = tl.max(logits, axis=1)
+    power = tl.exp(logits - peak[:, None])
+    total = tl.sum(power, axis=1)
+    return power / total[:, None], peak, total
+
+
+@triton.jit
+def scores(logits, inside, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        score = tl.sigmoid(logits)
+    else:
+        score, _, _ = softmax(logits, inside)
+    return score
+
+
+@triton.jit
+def gate_of(part, scale, RENORMALIZE: tl.constexpr):
+    if RENORMALIZE:
+        part = part / tl.maximum(tl.sum(part, axis=1), TINY)[:, None]
+    return scale * part
+
+
+def cut(num_tokens: int, num_experts: int) -> tuple[int, int, int]:
+    """Tokens of a program, width of a row, warps."""
+    width = max(2, power_of_2(num_experts))
+    rows = min(power_of_2(num_tokens), max(1, 4096 // width))
+    return rows, width, min(16, max(1, rows * width // 512))
+
+
+def counts(logits_TE: Tensor) -> Tensor:
+    """Room for each program's choices per expert."""
+    (T, E) = logits_TE.shape
+    programs = ceil_div(T, cut(T, E)[0])
+    return torch.empty(programs, E, dtype=torch.int64, device=logits_TE.device)
+
+
+def total_of(count_PE: Tensor) -> Tensor:
+    return count_PE[0] if len(count_PE) == 1 else count_PE.sum(0)
+
+
+def options(like: Tensor, warps: int) -> dict[str, Any]:
+    dependent = has_dependent_launch(like.device)
+    return {"PDL": dependent, "num_warps": warps} | ({"launch_pdl": True} if dependent else {})
