@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from layer_gpu import (  # beside this file
     BF16,
+    SEQUENCE,
     SHAPES,
     Shape,
     Step,
@@ -35,7 +36,7 @@ from layer_gpu import (  # beside this file
 )
 from peers import PEERS
 from record import RESULTS, load_if_there, save, stamps_of
-from torch import nn
+from torch import Tensor, nn
 
 NAME = "bench_gpu"
 BY_SHAPE = ("shapes", "median_ms", "saved_mib", "missing")
@@ -113,11 +114,23 @@ def measure(name: str, arguments: argparse.Namespace, results: dict[str, Any]) -
     results["saved_mib"][name], results["missing"][name] = saved, missing
 
 
+class InSequences(nn.Module):
+    """A layer over tokens ``(T, D)`` that stand in sequences, whose length some routers ask for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_BSD: Tensor = self.layer(x_TD.unflatten(0, (-1, SEQUENCE)))
+        return y_BSD.flatten(0, 1)
+
+
 def contenders(
     shape: Shape, arguments: argparse.Namespace
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers by name, and why others are not among them."""
-    modules: dict[str, nn.Module] = {OURS: make_layer(shape)}
+    modules: dict[str, nn.Module] = {OURS: InSequences(make_layer(shape))}
     missing = {}
     for peer in arguments.peers:
         try:

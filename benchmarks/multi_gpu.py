@@ -4,14 +4,16 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/multi_gpu.py              all of it
     torchrun --standalone --nproc-per-node 2 benchmarks/multi_gpu.py layer        one section
 
-Sections: equivalence on NCCL against one GPU; the layer's parts, its all-to-all against a plain
-one, and how often the host waits; training steps at 1 and W GPUs, with transformers and FSDP2
-beside; a checkpoint of W GPUs resumed on one. What a section measured is kept in
+Sections: training steps at 1 and W GPUs, with transformers and FSDP2 beside, and torchtitan where
+it is installed; equivalence on NCCL against one GPU; the layer's parts, its all-to-all against a
+plain one, and how often the host waits; a checkpoint of W GPUs resumed on one; OpenMoE 8B loaded
+over all GPUs by a device map. What a section measured is kept in
 results/multi_gpu.json, those not run as they are there. The exit status is 1 where something
 misses its aim. NVLink multicast is left off.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -26,7 +28,7 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 
 import torch
-from multi import checkpoint, equivalence, layer, training
+from multi import checkpoint, equivalence, layer, spread, training
 from multi.world import World
 from record import RESULTS, load_if_there, save, stamps_of  # beside this file
 
@@ -34,12 +36,14 @@ from expertmesh.parallel.processes import joined, local_device
 
 NAME = "multi_gpu"
 SECTIONS: dict[str, tuple[ModuleType, float]] = {
-    "equivalence": (equivalence, 100.0),
-    "layer": (layer, 90.0),
     "training": (training, 150.0),
+    "equivalence": (equivalence, 180.0),
+    "layer": (layer, 90.0),
     "checkpoint": (checkpoint, 30.0),
+    "openmoe": (spread, 100.0),
 }
-"""Modules, and the seconds after which a section begins no further case."""
+"""Modules, and the seconds on GPUs after which a section begins no further case. Training is first:
+it needs all of a GPU's memory, and of the connections that a section makes some memory stays."""
 
 
 def main() -> int:
@@ -69,7 +73,7 @@ def main() -> int:
         for name in chosen:
             module, seconds = SECTIONS[name]
             world.say(name)
-            world.begin(seconds)
+            world.begin(seconds if on_gpu else math.inf)
             begin = time.monotonic()
             results[name] = module.measure(world)
             results[name]["seconds"] = round(time.monotonic() - begin, 1)

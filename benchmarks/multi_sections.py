@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import Any
 
-from multi import checkpoint, equivalence, layer, training  # beside this file
+from multi import checkpoint, equivalence, layer, spread, training  # beside this file
 
 _PARTS: dict[str, tuple[ModuleType, str]] = {
     "equivalence": (
@@ -29,6 +29,11 @@ _PARTS: dict[str, tuple[ModuleType, str]] = {
         f"{training.AIM:.2f} by the best of our ways.",
     ),
     "checkpoint": (checkpoint, "A run saved on several GPUs and resumed on one."),
+    "openmoe": (
+        spread,
+        "OpenMoE 8B loaded by `from_pretrained` in one process: on one GPU, and over all of them "
+        "by `device_map`. Wanted: the same text, greedily written, and blocks on the other GPUs.",
+    ),
 }
 
 

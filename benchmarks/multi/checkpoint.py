@@ -12,7 +12,7 @@ from expertmesh.parallel.mesh import Mesh
 from expertmesh.testing import relative_error
 from expertmesh.train.checkpoint import CheckpointFolder
 from expertmesh.train.step import Stepper
-from multi.build import make_stepper
+from multi.build import Place, make_stepper
 from multi.equivalence import MODEL, TINY, TRAINED, batch
 from multi.world import World
 
@@ -26,7 +26,7 @@ def measure(world: World) -> dict[str, Any]:
     folder = Path(world.gather(name)[0])
     try:
         mesh = Mesh(ep=world.size, device=world.device.type)
-        stepper = _stepper(world, mesh)
+        stepper = _stepper(world, Place(mesh))
         _train(world, stepper, range(1, BEFORE + 1))
         checkpoints = CheckpointFolder(folder, group=mesh.everyone)
         checkpoints.save(BEFORE, stepper.model, stepper.optimizer, {})
@@ -41,9 +41,9 @@ def measure(world: World) -> dict[str, Any]:
     return {"devices": world.size, "losses": many, "resumed on one": one, "error": error}
 
 
-def _stepper(world: World, mesh: Mesh | None) -> Stepper:
+def _stepper(world: World, place: Place | None) -> Stepper:
     config = DecoderConfig(**MODEL | (TINY if world.tiny else {}))
-    return make_stepper(config, world.device, precision="fp32", mesh=mesh, **TRAINED)
+    return make_stepper(config, world.device, precision="fp32", place=place, **TRAINED)
 
 
 def _train(world: World, stepper: Stepper, steps: range) -> list[float]:

@@ -13,7 +13,7 @@ from expertmesh.shards import Shard
 from expertmesh.testing import relative_error
 from expertmesh.testing.equivalence import assemble, by_name, pieces, worst
 from expertmesh.train.precision import PrecisionName
-from multi.build import make_stepper
+from multi.build import Place, make_stepper
 from multi.world import World
 
 STEPS = 5
@@ -32,32 +32,43 @@ MODEL: dict[str, Any] = {
     "router": "olmoe",
 }
 SEQUENCE, SEQUENCES = 128, 16
-TRAINED: dict[str, Any] = {"sequences": SEQUENCES, "lr": 1e-3, "values": 5, "draws": 7}
-TINY: dict[str, Any] = {"vocab_size": 32, "dim": 32, "num_layers": 2, "expert_hidden": 16}
+TRAINED: dict[str, Any] = {"sequences": SEQUENCES // 2, "lr": 1e-3, "values": 5, "draws": 7}
+"""Two micro-batches of a step: gradients add up, and a pipeline is filled."""
+TINY: dict[str, Any] = {"vocab_size": 32, "dim": 32, "expert_hidden": 16}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and its ZeRO stages."""
+    """A mesh, its ZeRO stages and the pipeline stages of a rank."""
 
     axes: dict[str, Any]
     zero: int
+    per_rank: int = 1
 
     def __str__(self) -> str:
-        return " ".join(f"{axis}{degree}" for axis, degree in self.axes.items()) + (
-            f" zero{self.zero}"
-        )
+        degrees = " ".join(f"{axis}{degree}" for axis, degree in self.axes.items())
+        interleaved = f" interleaved{self.per_rank}" if self.per_rank > 1 else ""
+        return f"{degrees}{interleaved} zero{self.zero}"
 
 
 def layouts(world: int) -> list[Layout]:
-    """Every axis over all ranks, and where there are four or more, two axes together."""
+    """Every axis over all ranks, and where there are four or more, axes together.
+
+    A pipeline has two ranks: the model's blocks make no more than two stages for each of two.
+    """
     found = [Layout({"dp": world}, zero) for zero in (0, 1, 2, 3)]
     found += [Layout({"ep": world}, zero) for zero in (1, 2, 3)]
     found += [Layout({"etp": world}, 2), Layout({"tp": world, "ep": world}, 2)]
+    found += [Layout({"cp": world}, 2), Layout({"cp": world, "ep": world}, 3)]
+    if world == 2:
+        found += [Layout({"pp": 2}, 1), Layout({"pp": 2}, 2, per_rank=2)]
     if world % 2 == 0 and world > 2:
         half = world // 2
         found += [Layout({"edp": 2, "ep": half}, zero) for zero in (1, 2, 3)]
         found += [Layout({"ep": half, "etp": 2}, 3), Layout({"tp": 2, "edp": 2, "ep": half}, 2)]
+        found += [Layout({"cp": half, "tp": 2, "ep": world}, 3)]
+        found += [Layout({"pp": 2, "ep": half}, 2), Layout({"pp": 2, "ep": half}, 1, per_rank=2)]
+        found += [Layout({"pp": 2, "cp": half, "ep": half}, 3), Layout({"pp": 2, "tp": half}, 0)]
     return found
 
 
@@ -68,7 +79,7 @@ def measure(world: World) -> dict[str, Any]:
     meshes: dict[tuple[Any, ...], Mesh] = {}  # connections take long to make
     precisions: tuple[PrecisionName, ...] = ("fp32", "bf16")
     for precision in precisions:
-        expected = _train(world, precision, None, None)
+        expected = _train(world, precision, None)
         rows: dict[str, Any] = {}
         for layout in layouts(world.size):
             if not world.has_time():
@@ -77,11 +88,10 @@ def measure(world: World) -> dict[str, Any]:
             axes = tuple(layout.axes.items())
             if axes not in meshes:
                 meshes[axes] = Mesh(**layout.axes, device=world.device.type)
-            row = world.attempt(
-                partial(_compared, world, precision, layout, meshes[axes], expected)
-            )
+            place = Place(meshes[axes], layout.zero, per_rank=layout.per_rank)
+            row = world.attempt(partial(_compared, world, precision, place, expected))
             rows[str(layout)] = row
-            world.say(f"  {precision} {layout!s:18} {_figures(row)}")
+            world.say(f"  {precision} {layout!s:22} {_figures(row)}")
         result["errors"][precision] = rows
     return result
 
@@ -94,14 +104,9 @@ class _Seen:
     parameters: dict[str, Shard]
 
 
-def _train(
-    world: World, precision: PrecisionName, layout: Layout | None, mesh: Mesh | None
-) -> _Seen:
+def _train(world: World, precision: PrecisionName, place: Place | None) -> _Seen:
     config = DecoderConfig(**MODEL | (TINY if world.tiny else {}))
-    zero = 2 if layout is None else layout.zero
-    stepper = make_stepper(
-        config, world.device, precision=precision, mesh=mesh, zero=zero, **TRAINED
-    )
+    stepper = make_stepper(config, world.device, precision=precision, place=place, **TRAINED)
     model = stepper.model
     gradients: dict[str, Shard] = {}
     losses, norms = [], []
@@ -129,10 +134,13 @@ def _on_host(tensors: Any) -> dict[str, Shard]:
 
 
 def _compared(
-    world: World, precision: PrecisionName, layout: Layout, mesh: Mesh, expected: _Seen
+    world: World, precision: PrecisionName, place: Place, expected: _Seen
 ) -> dict[str, float]:
-    """Copies that differ between ranks by as much as a bit are an error."""
-    seen = _train(world, precision, layout, mesh)
+    """Copies that differ between ranks by as much as a bit are an error, and so is a gap.
+
+    Ranks of a pipeline hold parameters of different names: they are put together by name.
+    """
+    seen = _train(world, precision, place)
     views = world.gather(seen)
     assert all((v.losses, v.norms) == (seen.losses, seen.norms) for v in views)
     tensors = {

@@ -1,12 +1,13 @@
 """The same decoder by transformers, sharded by FSDP2."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from expertmesh.models import DecoderConfig
 from multi.world import Step, World
@@ -14,9 +15,34 @@ from multi.world import Step, World
 LR = 1e-4
 
 
-def transformers_step(
-    world: World, config: DecoderConfig, rows: int, length: int, size: int
-) -> Step:
+@dataclass(frozen=True)
+class Work:
+    """A rank's part of an optimizer step.
+
+    Attributes:
+        rows: Sequences of a micro-batch.
+        micro_batches: Of a step.
+        length: Tokens of a sequence.
+    """
+
+    rows: int
+    micro_batches: int
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a step."""
+        return self.rows * self.micro_batches * self.length
+
+    def tokens(self, vocab_size: int, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Random micro-batches ``(B, S)``."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = self.rows * self.micro_batches, self.length
+        tokens_BS = torch.randint(vocab_size, shape, generator=generator)
+        return tokens_BS.to(device).split(self.rows)
+
+
+def transformers_step(world: World, config: DecoderConfig, work: Work, size: int) -> Step:
     """A training step of OLMoE in transformers.
 
     Parameters are float32 and are gathered in bfloat16, gradients are summed in float32: the usual
@@ -25,8 +51,7 @@ def transformers_step(
     Args:
         world: All processes.
         config: Our model's shape.
-        rows: Sequences of each rank.
-        length: Their tokens.
+        work: Of each rank.
         size: Ranks of the mesh: all of them, or 1 for each by itself.
     """
     model = olmoe(config, world.device)
@@ -37,9 +62,9 @@ def transformers_step(
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    generator = torch.Generator().manual_seed(world.rank)
-    tokens_BS = torch.randint(config.vocab_size, (rows, length), generator=generator)
-    return training_step(model, [tokens_BS.to(world.device)])
+    # Ranks by themselves do the same, so that memory is enough on all or on none.
+    pieces = work.tokens(config.vocab_size, world.rank if size > 1 else 0, world.device)
+    return training_step(model, pieces)
 
 
 def olmoe(config: DecoderConfig, device: torch.device) -> Any:
@@ -72,7 +97,8 @@ def training_step(model: Any, pieces: Sequence[Tensor], *, autocast: bool = Fals
     """Loss, gradients, clipping and AdamW, as transformers' users write them.
 
     Args:
-        model: A causal language model.
+        model: A causal language model. Under FSDP2 gradients are summed over ranks in the last
+            micro-batch alone.
         pieces: Micro-batches of tokens ``(B, S)``, of one shape.
         autocast: Whether products are bfloat16.
     """
@@ -81,7 +107,9 @@ def training_step(model: Any, pieces: Sequence[Tensor], *, autocast: bool = Fals
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)
         losses = []
-        for tokens_BS in pieces:
+        for place, tokens_BS in enumerate(pieces):
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(place == len(pieces) - 1)
             with torch.autocast(tokens_BS.device.type, torch.bfloat16, enabled=autocast):
                 loss = model(input_ids=tokens_BS, labels=tokens_BS).loss / len(pieces)
             loss.backward()

@@ -19,6 +19,7 @@ from expertmesh.parallel.mesh import Mesh
 
 T = TypeVar("T")
 Step = Callable[[], object]
+OUT_OF_MEMORY = "out of memory"
 
 
 class World:
@@ -60,10 +61,19 @@ class World:
             result = case()
         except Exception as caught:
             traceback.print_exc()
-            error = f"failed: {type(caught).__name__}: {str(caught)[:300]}"
+            error = _in_words(caught)
         errors = [text for text in self.gather(error) if text]
         self.free()
         return errors[0] if errors else result  # type: ignore[return-value]  # there is one
+
+    def together(self, block: Callable[[], T]) -> T:
+        """What a block gives; an error of one rank is raised on all, if none waits for it inside.
+
+        A rank that alone runs out of memory would leave the others waiting for it at the next
+        meeting.
+        """
+        with self._agreement.together():
+            return block()
 
     def say(self, text: str) -> None:
         """Print once."""
@@ -102,17 +112,23 @@ class World:
         return max(self.gather(own))
 
     def seconds(self, step: Step, rounds: int, warm: int) -> float:
-        """Wall-clock seconds of a step, to its end on the device: the slowest rank's median."""
-        times = []
-        for number in range(warm + rounds):
-            self.synchronize()
-            self.meet()
+        """Wall-clock seconds of a step, to its end on the device: the slowest rank's median.
+
+        Steps that need no other rank may fail on one rank alone.
+        """
+
+        def timed() -> float:
             start = time.perf_counter()
             step()
             self.synchronize()
-            if number >= warm:
-                times.append(time.perf_counter() - start)
-        return max(self.gather(statistics.median(times)))
+            return time.perf_counter() - start
+
+        times = []
+        for _ in range(warm + rounds):
+            self.synchronize()
+            self.meet()
+            times.append(self.together(timed))
+        return max(self.gather(statistics.median(times[warm:])))
 
     def host_waits(self, step: Step) -> int | None:
         """How often the host waits for the device in a step, at most; None without a device."""
@@ -182,6 +198,14 @@ class World:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _in_words(error: Exception) -> str:
+    """One line for a table."""
+    text = f"{type(error).__name__}: {error}"
+    if torch.OutOfMemoryError.__name__ in text:  # said of another rank, it is a RuntimeError
+        return OUT_OF_MEMORY
+    return f"failed: {' '.join(text.split())[:300]}".replace("|", "/")
 
 
 def _between(start: Any, stop: Any) -> float:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.triton_support import triton_refusal
+from expertmesh.kernels.triton_support import on_its_device, triton_refusal
 
 
 def sum_rows(rows_NX: Tensor, place_TJ: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,7 +23,7 @@ def sum_rows(rows_NX: Tensor, place_TJ: Tensor, dtype: torch.dtype) -> Tensor:
     if _in_one_launch(rows_NX, dtype):
         from expertmesh.kernels.moe_mlp.fused.launch import sum_choices
 
-        return sum_choices(rows_NX.contiguous(), place_TJ.contiguous(), out_TX)
+        return on_its_device(sum_choices)(rows_NX.contiguous(), place_TJ.contiguous(), out_TX)
     chosen_TJX = rows_NX.index_select(0, place_TJ.clamp_min(0).reshape(-1))
     chosen_TJX = chosen_TJX.view(*place_TJ.shape, rows_NX.shape[1])
     chosen_TJX = chosen_TJX.masked_fill_(place_TJ.unsqueeze(2) < 0, 0)

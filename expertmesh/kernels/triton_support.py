@@ -1,10 +1,17 @@
 """What Triton can be used for here, asked without importing it."""
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from importlib import metadata
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
 
 _OLDEST = (3, 6)
 
@@ -57,3 +64,20 @@ def _numbers(version: str) -> tuple[int, ...]:
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before it ends (compute capability 9.0)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def on_its_device(
+    run: Callable[Concatenate[Tensor, _Rest], _Result],
+) -> Callable[Concatenate[Tensor, _Rest], _Result]:
+    """A function that launches kernels, with its first argument's device as the current one.
+
+    Triton launches on torch's current device, wherever the tensors lie: of a model whose layers
+    are spread over the GPUs of one process, that is one GPU's.
+    """
+
+    @functools.wraps(run)
+    def there(first: Tensor, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
+        with torch.cuda.device_of(first):
+            return run(first, *rest, **options)
+
+    return there

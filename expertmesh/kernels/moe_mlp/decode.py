@@ -14,7 +14,7 @@ from torch import Tensor
 from expertmesh.kernels.activations import activation_name
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
-from expertmesh.kernels.triton_support import triton_refusal
+from expertmesh.kernels.triton_support import on_its_device, triton_refusal
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,11 +54,8 @@ class DecodeMLP(MLPBackend):
     def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
         if operands.expert_RK.numel() == 0:
             return operands.x_RD.new_zeros(operands.x_RD.shape, dtype=spec.out_dtype)
-        up, bias, down_bias = operands.up, operands.up_bias, operands.down_bias_ED
         expert_RK = operands.expert_RK.to(torch.int64).contiguous()
-        weight_RK = operands.weight_RK.contiguous()
-        # Before the first launch: the second reads weights before the first has ended.
-        down_EDF = operands.down_EDF.contiguous()
+        up, bias, down_bias = operands.up, operands.up_bias, operands.down_bias_ED
         hidden_NF, order_N, offset_E1 = torch.ops.expertmesh.decode_up(
             operands.x_RD.contiguous(),
             expert_RK,
@@ -69,10 +66,10 @@ class DecodeMLP(MLPBackend):
         y_RD: Tensor = torch.ops.expertmesh.decode_down(
             hidden_NF,
             expert_RK,
-            weight_RK,
+            operands.weight_RK.contiguous(),
             order_N,
             offset_E1,
-            down_EDF,
+            operands.down_EDF.contiguous(),
             None if down_bias is None else down_bias.contiguous(),
             spec.out_dtype,
         )
@@ -107,6 +104,7 @@ def _empty_hidden(
 
 
 @torch.library.impl("expertmesh::decode_up", "CompositeExplicitAutograd")
+@on_its_device
 def _up(
     x_RD: Tensor,
     expert_RK: Tensor,
@@ -141,6 +139,7 @@ def _empty_output(
 
 
 @torch.library.impl("expertmesh::decode_down", "CompositeExplicitAutograd")
+@on_its_device
 def _down(
     hidden_NF: Tensor,
     expert_RK: Tensor,

@@ -174,41 +174,34 @@ def down_rows_kernel(
     F: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[r] = sum_k weight[r, k] down[expert[r, k]] hidden[r K + k]`` for BLOCK_D outputs.
-
-    The kernel before writes ``hidden`` alone and has waited for all that was before it: ids are
-    complete, and the first weights are fetched while it ends.
-    """
+    """``y[r] = sum_k weight[r, k] down[expert[r, k]] hidden[r K + k]`` for BLOCK_D outputs."""
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.minimum(d, D - 1).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    f = tl.arange(0, BLOCK_F)
-    n = r * K + k
-    e = tl.load(expert + n, mask=k < K, other=E)
-    real = e < E  # where there is no expert, nothing is read
-    e = tl.minimum(e, E - 1)
-    matrix = down + ((e[:, None] * D + row[None, :]) * F)[:, :, None] + f[None, None, :]
-    wanted = real[:, None] & (f < F)[None, :]
-    tile = tl.load(matrix, mask=wanted[:, None, :], other=0.0)
+    inner = tl.arange(0, BLOCK_F)
     _wait(PDL)
-    share = tl.load(weight + n, mask=real, other=0.0).to(tl.float32)[:, None]
-    source = hidden + n[:, None] * F + f[None, :]
-    unit = tl.load(source, mask=wanted, other=0.0).to(tl.float32) * share
-    acc = tl.sum(tile.to(tl.float32) * unit[:, None, :], axis=0)
-    for start in range(BLOCK_F, F, BLOCK_F):
-        wanted = real[:, None] & (start + f < F)[None, :]
-        tile = tl.load(matrix + start, mask=wanted[:, None, :], other=0.0)
-        unit = tl.load(source + start, mask=wanted, other=0.0).to(tl.float32) * share
-        acc += tl.sum(tile.to(tl.float32) * unit[:, None, :], axis=0)
-    total = tl.sum(acc, axis=1)
-    if HAS_BIAS:
-        own = tl.load(bias + e[:, None] * D + row[None, :]).to(tl.float32)
-        total += tl.sum(share * own, axis=0)
+    acc = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for k in tl.static_range(K):
+        n = r * K + k
+        e = tl.load(expert + n)
+        valid = e < E
+        width = tl.where(valid, F, 0)
+        e = tl.minimum(e, E - 1)
+        matrix = down + (e * D + row)[:, None] * F
+        share = tl.load(weight + n, mask=valid, other=0.0).to(tl.float32)
+        for start in range(0, F, BLOCK_F):
+            f = start + inner
+            wanted = f < width
+            unit = tl.load(hidden + n * F + f, mask=wanted, other=0.0).to(tl.float32) * share
+            tile = tl.load(matrix + f[None, :], mask=wanted[None, :], other=0.0)
+            acc += tile.to(tl.float32) * unit[None, :]
+        if HAS_BIAS:
+            total += share * tl.load(bias + e * D + row).to(tl.float32)
+    total += tl.sum(acc, axis=1)
     tl.store(y + r * D + d, total.to(y.dtype.element_ty), mask=d < D)
 
 

@@ -56,7 +56,7 @@ UP_VECTORS = Vectors(out=2, inner=2048, warps=4)
 
 def down_vectors(hidden: int) -> Vectors:
     """For the down projection of experts of width ``hidden``."""
-    return Vectors(8 if hidden > 2048 else 2, 1024, 4)
+    return Vectors(8, 1024, 4) if hidden > 2048 else Vectors(2, 512, 2)
 
 
 def up_tiles(expert_RK: Tensor, num_experts: int, parts: int) -> Tiles:
@@ -191,7 +191,6 @@ def down_rows(
         F,
         bias_ED is not None,
         cut.out,
-        power_of_2(K),
         min(cut.inner, power_of_2(F)),
         **_options(hidden_NF, cut.warps),
     )

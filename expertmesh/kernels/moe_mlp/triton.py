@@ -22,7 +22,7 @@ from expertmesh.kernels.moe_mlp.problem import (
     MLPSpec,
     misaligned,
 )
-from expertmesh.kernels.triton_support import triton_refusal
+from expertmesh.kernels.triton_support import on_its_device, triton_refusal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
@@ -143,6 +143,7 @@ torch.library.define(
 
 
 @torch.library.impl("expertmesh::fused_mlp", "CompositeExplicitAutograd")
+@on_its_device
 def _fused_mlp(
     x_RD: Tensor,
     expert_RK: Tensor,
@@ -173,6 +174,7 @@ def _fused_mlp(
 
 
 @torch.library.impl("expertmesh::fused_mlp_backward", "CompositeExplicitAutograd")
+@on_its_device
 def _fused_mlp_backward(
     dy_RD: Tensor,
     x_RD: Tensor,

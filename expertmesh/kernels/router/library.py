@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertmesh.kernels.triton_support import on_its_device
+
 _FEW_TOKENS = 128
 """Up to this many tokens the logits are computed by fused multiply-add."""
 
@@ -43,7 +45,8 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def _implement(name: str) -> Any:
-    return torch.library.impl(f"expertmesh::{name}", "CompositeExplicitAutograd")
+    register = torch.library.impl(f"expertmesh::{name}", "CompositeExplicitAutograd")
+    return lambda run: register(on_its_device(run))
 
 
 def _fake(name: str) -> Any:

@@ -21,6 +21,7 @@ from expertmesh.kernels.moe_mlp.block_sparse.kernels import (
     sdd_kernel,
 )
 from expertmesh.kernels.moe_mlp.block_sparse.topology import Topology
+from expertmesh.kernels.triton_support import on_its_device
 
 
 class _Tile(NamedTuple):
@@ -41,6 +42,7 @@ def _tile(like: Tensor, block: int) -> _Tile:
     return _Tile(columns=128, depth=min(32, block), warps=8, stages=2 if like.itemsize > 2 else 4)
 
 
+@on_its_device
 def sdd(left_PD: Tensor, right_MSUD: Tensor, topology: Topology) -> Tensor:
     """``left right_m^T`` where the sparse matrices have blocks.
 
@@ -80,6 +82,7 @@ def sdd(left_PD: Tensor, right_MSUD: Tensor, topology: Topology) -> Tensor:
     return values_MZBB
 
 
+@on_its_device
 def dsd(values_MZBB: Tensor, right_MSUD: Tensor, topology: Topology) -> Tensor:
     """``sum_m A_m right_m``.
 
@@ -120,6 +123,7 @@ def dsd(values_MZBB: Tensor, right_MSUD: Tensor, topology: Topology) -> Tensor:
     return out_PD
 
 
+@on_its_device
 def dsd_transposed(
     values_MZBB: Tensor, right_PD: Tensor, out_MSUD: Tensor, topology: Topology
 ) -> Tensor:
@@ -173,6 +177,7 @@ def dds_transposed(left_MSDU: Tensor, values_MZBB: Tensor, topology: Topology) -
     return dsd(values_MZBB, left_MSDU.mT, topology).mT
 
 
+@on_its_device
 def row_dots(a_ZBB: Tensor, b_ZBB: Tensor, topology: Topology) -> Tensor:
     """The dot products of the rows of two matrices of one topology, both contiguous.
 
