@@ -23,17 +23,24 @@ demo: install
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
+# A new environment, or the one that is there.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "expertmesh needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V);" \
+       "set PYTHON, for example: make demo PYTHON=python3.11"; exit 2; }
+$(PYTHON) -m venv $(VENV)
+endef
+
 $(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "expertmesh needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V);" \
-	       "set PYTHON, for example: make demo PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(environment)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[hf,report]'
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+# What the demo needs is among it, so one run of pip serves both.
+$(VENV)/installed-dev: pyproject.toml constraints.txt
+	$(environment)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/installed $@
 
 test: install-dev
 	$(PYTEST) -m "not slow and not gpu and not hosts"

@@ -68,7 +68,8 @@ def test_a_place_beyond_the_end():
         KeyedPermutation(10, 0)[10]
 
 
-def test_a_large_order_is_not_an_array():
+def test_a_large_order_is_not_an_array(monkeypatch):
+    monkeypatch.setattr(order, "ARRAY_LIMIT", 1000)
     assert isinstance(shuffled(order.ARRAY_LIMIT, 0), np.ndarray)
     assert isinstance(shuffled(order.ARRAY_LIMIT + 1, 0), KeyedPermutation)
 

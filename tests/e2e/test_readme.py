@@ -15,11 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
-STEPS = "ARGS=--train.steps=12 --eval.batches=2"
+STEPS = "ARGS=--train.steps=6 --train.batch=4 --eval.batches=2"
 SHORTER = {
-    "--train.steps=60": "--train.steps=6 --eval.batches=2",
+    "--train.steps=60": "--train.steps=6 --train.batch=4 --eval.batches=2",
     "--train.epochs=0.05": (
-        "--train.epochs=0.004 --train.batch=4 --train.micro_batch=4 --eval.batches=1"
+        "--train.epochs=0.001 --train.batch=1 --train.micro_batch=1 --eval.batches=1"
     ),
 }
 

@@ -6,10 +6,6 @@ import pytest
 from tests.hosts.network import Network
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "hosts: needs root and sshd; run by `make test-hosts`")
-
-
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     # Otherwise a SIGTERM ends pytest without its finalizers, and the namespaces stay.

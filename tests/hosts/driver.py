@@ -1,6 +1,6 @@
 """Launches any program on hosts, as ``expertmesh launch`` does training.
 
-``python -m tests.hosts.driver SSH HOSTS LOG_DIR PROGRAM...``: two ranks on each host.
+``python -m tests.hosts.driver SSH HOSTS LOG_DIR PATIENCE PROGRAM...``: two ranks on each host.
 """
 
 import os
@@ -15,7 +15,7 @@ from expertmesh.launch.place import OverSSH
 from expertmesh.launch.supervise import run_job
 
 
-def main(ssh: str, names: str, log_dir: str, *program: str) -> int:
+def main(ssh: str, names: str, log_dir: str, patience: str, *program: str) -> int:
     places = tuple(OverSSH(name, shlex.split(ssh)) for name in names.split(","))
     job = Job(
         program=program,
@@ -23,6 +23,7 @@ def main(ssh: str, names: str, log_dir: str, *program: str) -> int:
         places=places,
         folder=os.getcwd(),
         rendezvous=Rendezvous(port=29500),
+        patience=float(patience),
     )
     with Logs(Path(log_dir), sys.stdout) as logs:
         outcome = run_job(job, logs)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.hosts.network import LINK, Namespace, Network
 
+ROOT = Path(__file__).parents[2]
 PATIENCE = 400
 
 
@@ -30,8 +31,27 @@ def start(
         ssh: For ``--ssh``; None is the network's own.
     """
     options = ["--hostfile=hosts", "--ssh", ssh or network.ssh(), "--log-dir=logs", *words]
+    return _on_head(network, folder, "expertmesh", "launch", *options)
+
+
+def drive(
+    network: Network, log_dir: Path, *program: str, patience: float = 45.0
+) -> "subprocess.Popen[str]":
+    """Any program on both hosts, two ranks on each; see ``driver``.
+
+    Args:
+        network: The hosts.
+        log_dir: For the output of ranks.
+        program: What torchrun starts.
+        patience: As of ``Job``.
+    """
+    options = [network.ssh(), "a,b", str(log_dir), str(patience)]
+    return _on_head(network, ROOT, "tests.hosts.driver", *options, *program)
+
+
+def _on_head(network: Network, folder: Path, module: str, *words: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        network.head.words(sys.executable, "-m", "expertmesh", "launch", *options),
+        network.head.words(sys.executable, "-m", module, *words),
         cwd=folder,
         env=environment(),
         stdin=subprocess.DEVNULL,
@@ -45,7 +65,11 @@ def launch(
     network: Network, folder: Path, *words: str, ssh: str | None = None
 ) -> tuple[int, str, str]:
     """As ``start``, to its end: exit status, output, errors."""
-    process = start(network, folder, *words, ssh=ssh)
+    return ended(start(network, folder, *words, ssh=ssh))
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Wait for the end: exit status, output, errors."""
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 

@@ -1,46 +1,38 @@
 """What crosses the cable between two hosts, by the counters of the virtual link."""
 
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from expertmesh.parallel.strategies import strategy
-from tests.hosts.launching import environment
+from tests.hosts.launching import ROOT, drive, ended
 
 pytestmark = pytest.mark.hosts
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
+OUTSIDE = strategy("ep_zero", 4, 4).placement
 
 
-def counted(network, folder, placement):
-    """What the ranks of ``traffic_job`` say, by rank."""
-    shutil.copy(Path(__file__).with_name("traffic_job.py"), folder)
-    driver = [sys.executable, "-m", "tests.hosts.driver", network.ssh(), "a,b", str(folder)]
-    program = [str(folder / "traffic_job.py"), placement, str(STEPS)]
-    done = subprocess.run(
-        network.head.words(*driver, *program),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def counted(network, tmp_path_factory):
+    """What the ranks of ``traffic_job`` say: by placement, then by rank."""
+    folder = tmp_path_factory.mktemp("traffic")
+    job = str(ROOT / "tests" / "hosts" / "traffic_job.py")
+    status, out, err = ended(drive(network, folder, job, str(STEPS), OUTSIDE, "inside"))
+    assert status == 0, out + err
     logs = [(folder / f"rank_{rank:04}.log").read_text() for rank in range(4)]
-    return [
-        json.loads(next(line for line in log.splitlines() if line.startswith("{"))) for log in logs
+    answers = [
+        json.loads(line) for log in logs for line in log.splitlines() if line.startswith("{")
     ]
+    return {
+        placement: [answer for answer in answers if answer["placement"] == placement]
+        for placement in (OUTSIDE, "inside")
+    }
 
 
-def test_of_expert_traffic_only_the_all_to_all_leaves_a_host(network, tmp_path):
+def test_of_expert_traffic_only_the_all_to_all_leaves_a_host(counted):
     """In ``ep_zero``: the copies of an expert are neighbours."""
-    ranks = counted(network, tmp_path, strategy("ep_zero", 4, 4).placement)
+    ranks = counted[OUTSIDE]
     assert [rank["ep"] for rank in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [rank["edp"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     for host in (ranks[:2], ranks[2:]):
@@ -51,9 +43,9 @@ def test_of_expert_traffic_only_the_all_to_all_leaves_a_host(network, tmp_path):
         assert crossing < STEPS * host[0]["experts"] / 4
 
 
-def test_copies_on_other_hosts_would_send_their_gradients(network, tmp_path):
+def test_copies_on_other_hosts_would_send_their_gradients(counted):
     """The same with ``placement="inside"``: the all-to-all stays, the experts' gradients leave."""
-    ranks = counted(network, tmp_path, "inside")
+    ranks = counted["inside"]
     assert [rank["ep"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     for host in (ranks[:2], ranks[2:]):
         # Half of every gradient goes to the other copy, and half of every parameter comes back.

@@ -1,10 +1,10 @@
-"""A rank of a job that says what it sent: ``traffic_job.py PLACEMENT STEPS``.
+"""A rank of a job that says what it sent: ``traffic_job.py STEPS PLACEMENT...``.
 
 The mesh and the ZeRO stages are those of the strategy ``ep_zero``, whose placement is "outside".
 
-The model is one MoE layer whose experts outweigh everything else. Each rank prints a JSON line:
-bytes of the all-to-all by expertmesh's own count, the link's counter over the same steps, and the
-bytes of the experts' parameters.
+The model is one MoE layer whose experts outweigh everything else. Each rank prints a JSON line for
+each placement: bytes of the all-to-all by expertmesh's own count, the link's counter over the same
+steps, and the bytes of the experts' parameters.
 """
 
 import json
@@ -31,8 +31,15 @@ def step(moe: em.MoE, optimizer: torch.optim.Optimizer, number: int) -> None:
     optimizer.zero_grad()
 
 
-def main(placement: str, steps: int) -> None:
+def main(steps: int, *placements: str) -> None:
     dist.init_process_group("gloo")
+    for placement in placements:
+        print(json.dumps(counted(steps, placement)), flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def counted(steps: int, placement: str) -> dict[str, object]:
     chosen = strategy("ep_zero", dist.get_world_size(), E)
     mesh = Mesh(ep=chosen.ep, placement=placement)
     torch.manual_seed(0)
@@ -49,7 +56,8 @@ def main(placement: str, steps: int) -> None:
     for number in range(1, steps + 1):
         step(moe, optimizer, number)
     dist.barrier()
-    answer = {
+    return {
+        "placement": placement,
         "rank": mesh.rank,
         "ep": mesh.grid.group_of(mesh.rank, "ep"),
         "edp": mesh.grid.group_of(mesh.rank, "edp"),
@@ -57,10 +65,7 @@ def main(placement: str, steps: int) -> None:
         "link": int(COUNTER.read_text()) - before,
         "experts": 4 * E * 3 * F * D,
     }
-    print(json.dumps(answer), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.report import write_report
+from expertmesh.report import figures, write_report
 from expertmesh.report.tokens import printable, printable_lines
 from tests.report.synthetic import read_lines, write_lines, write_run
 
@@ -52,6 +52,12 @@ def parse(page: Path) -> Outline:
     return outline
 
 
+@pytest.fixture
+def words_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures, most of a page's time."""
+    monkeypatch.setattr(figures, "draw", lambda run: [])
+
+
 def test_one_page_that_loads_nothing(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", drops=True)
     page = write_report(path)
@@ -86,6 +92,7 @@ def test_what_users_supply_is_escaped(tmp_path: Path) -> None:
     assert "\u202e" not in outline.text
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_a_folder_whose_name_no_encoding_has(tmp_path: Path) -> None:
     path = write_run(tmp_path / os.fsdecode(b"two words \xff"), steps=10)
     outline = parse(write_report(path, tmp_path / "report"))
@@ -102,6 +109,7 @@ def test_names_of_layers_are_escaped(tmp_path: Path) -> None:
     assert "<u>$x" in outline.text
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_numbers_of_the_balance_table(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", num_layers=1, num_experts=4)
     layer = {"load": [0, 2, 4, 2], "entropy": 1.25, "dropped": 0.125}
@@ -139,6 +147,7 @@ def test_dense_model(tmp_path: Path) -> None:
     assert "tokens" not in outline.ids
 
 
+@pytest.mark.usefixtures("words_alone")
 def test_notes_are_shown(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", steps=10)
     (path / "expert_tokens.json").write_text("{", encoding="utf-8")
