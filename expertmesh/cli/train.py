@@ -125,7 +125,7 @@ def _describe(run: "RunFile", trainer: "Trainer") -> None:
 
 def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
     """The last evaluation, with the tokens that each expert takes."""
-    from expertmesh.train.evaluate import ExpertTokens
+    from expertmesh.train.expert_tokens import ExpertTokens
     from expertmesh.train.files import write_whole
     from expertmesh.train.published import PUBLISHED
 

@@ -1,21 +1,19 @@
 """How much of the routing follows from the token's id alone, and which expert each id prefers."""
 
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from expertmesh.layer import moe_layers
 from expertmesh.parallel.agreement import Agreement
-from expertmesh.routing import Routing
-from expertmesh.uncompiled import uncompiled
+from expertmesh.routing import Router, Routing
+from expertmesh.train.routings import EveryRouting
 
 MOST_IDS = 256
 """Token ids whose favourite expert is written down: the most frequent ones."""
 
 
-class FirstChoices:
+class FirstChoices(EveryRouting):
     """A context that counts which expert is the first choice of tokens, by the tokens' ids.
 
     Choices count as routers make them, before any is dropped; padding has none.
@@ -25,27 +23,9 @@ class FirstChoices:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._hooks: list[Any] = []
+        super().__init__(model)
         # By layer: E, and for each pair id * E + expert that was seen, how often.
         self._seen: dict[str, tuple[int, Tensor, Tensor]] = {}
-
-    def __enter__(self) -> "FirstChoices":
-        none = torch.zeros(0, dtype=torch.int64)
-        for name, moe in moe_layers(self._model).items():
-            self._seen[name] = (moe.router.num_experts, none, none)
-            hook = moe.router.register_forward_hook(self._counter(name), with_kwargs=True)
-            self._hooks.append(hook)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def add_other_ranks(self, ranks: Agreement) -> None:
         """Add what other ranks counted, of these layers and of others; all ranks call it."""
@@ -67,27 +47,21 @@ class FirstChoices:
             name: _statistics(_table(*seen)) for name, seen in self._seen.items() if len(seen[1])
         }
 
+    def _begin(self, name: str, router: Router) -> None:
+        none = torch.zeros(0, dtype=torch.int64)
+        self._seen[name] = (router.num_experts, none, none)
+
+    def _see(self, name: str, ids_T: Tensor, routing: Routing) -> None:
+        E, first_T = routing.num_experts, routing.chosen_TK[:, 0]
+        pairs = (ids_T * E + first_T)[first_T < E].cpu()
+        self._add(name, E, *pairs.unique(return_counts=True))
+
     def _add(self, name: str, num_experts: int, pairs: Tensor, counts: Tensor) -> None:
         _, old_pairs, old_counts = self._seen.get(name, (num_experts, pairs[:0], counts[:0]))
         merged, place = torch.cat([old_pairs, pairs]).unique(return_inverse=True)
         both = torch.cat([old_counts, counts])
         total = torch.zeros_like(merged).scatter_add_(0, place, both)
         self._seen[name] = (num_experts, merged, total)
-
-    def _counter(self, name: str) -> Any:
-        # What a compiled model has traced once it would not look up again.
-        @uncompiled
-        def count(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing
-        ) -> None:
-            ids_T, first_T = kwargs["token_ids"], routing.chosen_TK[:, 0]
-            if routing.token_N is not None:
-                ids_T = ids_T[routing.token_N]
-            E = routing.num_experts
-            pairs = (ids_T * E + first_T)[first_T < E].cpu()
-            self._add(name, E, *pairs.unique(return_counts=True))
-
-        return count
 
 
 def _table(num_experts: int, pairs: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

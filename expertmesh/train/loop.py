@@ -84,7 +84,8 @@ class Trainer:
         same_on_all_ranks({"data": _identity(self.data)}, self.ranks)
         check_data_fits(run, self.data)
         if resume_from is not None:
-            check_same_data(run.folder, self.data.provenance)
+            with self.ranks.together():
+                check_same_data(run.folder, self.data.provenance)
         self.loader = Loader(self.data.train, batch_size=run.train.batch, seed=run.run.seed)
         if run.train.epochs is not None:
             self.run = run = run.of_length(self.loader.steps(run.train.epochs))

@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,8 @@ from expertmesh.data.dataset import IGNORE, Dataset, Sample
 from expertmesh.data.tokenizer import ByteTokenizer
 from expertmesh.errors import UserError
 from expertmesh.kernels.cross_entropy import token_loss
-from expertmesh.layer import moe_layers
 from expertmesh.models import DecoderConfig, DecoderLM
-from expertmesh.train.evaluate import Evaluation, Evaluator, ExpertTokens
+from expertmesh.train.evaluate import Evaluation, Evaluator
 from expertmesh.train.passes import OneByOne
 from expertmesh.train.precision import Precision
 from tests.train.tiny import MODEL
@@ -100,42 +98,3 @@ def test_bounded_batches_are_spread_over_the_split() -> None:
 def test_nothing_to_predict_is_an_error() -> None:
     with pytest.raises(UserError, match="no token to predict"):
         make_evaluator(0)(over(make_model()))
-
-
-def test_expert_tokens_count_every_choice_and_rank_by_divergence() -> None:
-    model = make_model()
-    evaluator = make_evaluator()
-    with ExpertTokens(model, 258) as counts:
-        evaluation = evaluator(over(model))
-    (name,) = moe_layers(model)
-    count_EV = counts.count_EV[name]
-    assert int(count_EV.sum()) == evaluation.num_targets * MODEL["experts_per_token"]
-    layer = counts.table(ByteTokenizer())["layers"][name]
-    assert len(layer["experts"]) == MODEL["num_experts"]
-    share_V = count_EV.sum(0) / count_EV.sum()
-    for count_V, entries in zip(count_EV, layer["experts"], strict=True):
-        assert len(entries) <= 12
-        weights = [count * math.log(lift) for _, count, lift in entries]
-        assert weights == sorted(weights, reverse=True)
-        if entries:
-            text, count, lift = entries[0]
-            token = next(t for t in range(258) if ByteTokenizer().token_text(t) == text)
-            assert count == count_V[token]
-            expected = count_V[token] / count_V.sum() / share_V[token]
-            assert lift == pytest.approx(float(expected), abs=1e-4)
-
-
-def test_hooks_are_gone_afterwards() -> None:
-    model = make_model()
-    with ExpertTokens(model, 258) as counts:
-        make_evaluator()(over(model))
-    before = {name: count.clone() for name, count in counts.count_EV.items()}
-    make_evaluator()(over(model))
-    assert all(torch.equal(counts.count_EV[name], count) for name, count in before.items())
-
-
-def test_dense_models_have_an_empty_table(tmp_path: Path) -> None:
-    model = make_model(num_experts=0, experts_per_token=0, expert_hidden=0, moe_every=1)
-    with ExpertTokens(model, 258) as counts:
-        make_evaluator()(over(model))
-    assert counts.table(ByteTokenizer()) == {"layers": {}}

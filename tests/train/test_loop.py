@@ -273,6 +273,32 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     assert fresh.fit(Silent()).step == 8
 
 
+def continued_on(path: Path) -> str:
+    """What a rank is told where only the second one's folder says that the data were others."""
+    from expertmesh.train.provenance import check_same_data
+
+    def elsewhere(_: Path, provenance: Any) -> None:
+        check_same_data(path / os.environ["RANK"], provenance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expertmesh.train.loop.check_same_data", elsewhere)
+        with pytest.raises(UserError) as caught:
+            Trainer(make_run(path))
+    return str(caught.value)
+
+
+def test_other_data_on_one_rank_is_refused_by_all(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    fit(run)
+    text = (run.folder / "data.json").read_text()
+    for rank, written in enumerate((text, "nothing")):
+        (tmp_path / f"{rank}").mkdir()
+        (tmp_path / f"{rank}" / "data.json").write_text(written)
+    one, two = run_on_ranks(2, continued_on, tmp_path, timeout=60)
+    assert one == two
+    assert one.startswith(f"rank 1: {tmp_path / '1' / 'data.json'} is not readable")
+
+
 def test_a_vocabulary_or_sequence_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"at least 258.*got 100; set model.vocab_size = 258"):
         Trainer(make_run(tmp_path, "--model.vocab_size=100"))
