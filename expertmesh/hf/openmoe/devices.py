@@ -30,8 +30,8 @@ def our_device_map(device_map: Mapping[str, Any], layout: Layout) -> DeviceMap:
     if unknown := sorted(set(device_map) - used - {""}):
         hint = nearest(unknown[0], _modules(layout.of_theirs))
         raise UserError(
-            f"device_map names what the model does not have: {unknown}{hint}; "
-            "expected names such as model.embed_tokens, model.layers.0, model.norm, lm_head"
+            f"device_map names what the model does not have: {unknown}; expected names such as "
+            f"model.embed_tokens, model.layers.0, model.norm, lm_head{hint}"
         )
     return _joined(device_of)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expertmesh.convert.openmoe import layout
@@ -15,11 +14,12 @@ from expertmesh.errors import UserError, require
 from expertmesh.hf.adapter import DecoderForCausalLM
 from expertmesh.hf.openmoe.config import OpenMoeConfig, hub_options
 from expertmesh.hf.openmoe.devices import our_device_map
+from expertmesh.hf.openmoe.positions import WithinPositions
 from expertmesh.hf.openmoe.weights import check_checkpoint, conversions
 from expertmesh.models import DecoderLM
 
 
-class OpenMoeForCausalLM(DecoderForCausalLM):
+class OpenMoeForCausalLM(WithinPositions):
     """An OpenMoE decoder that loads published folders and writes them again.
 
     Routing is dropless unless the configuration's ``router_capacity_mode`` says otherwise.
@@ -125,37 +125,6 @@ class OpenMoeForCausalLM(DecoderForCausalLM):
             labels,
             logits_to_keep,
             **kwargs,
-        )
-
-    def _check_positions(self, length: int, attention_mask: Tensor | None) -> None:
-        limit = self.config.max_position_embeddings
-        if length > limit and attention_mask is not None:
-            length = int((attention_mask != 0).sum(dim=-1).max())
-        if length > limit:
-            raise UserError(
-                f"the sequence has {length} tokens, but the model has {limit} positions "
-                "(max_position_embeddings); shorten the prompt or lower max_new_tokens"
-            )
-
-    def _validate_generated_length(
-        self: Any, generation_config: Any, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
-        """transformers' check before it generates: here positions that are missing are an error."""
-        limit = self.config.max_position_embeddings
-        room = limit - input_ids_length
-        if room < 1:
-            raise UserError(
-                f"the prompt has {input_ids_length} tokens, but the model has {limit} positions "
-                f"(max_position_embeddings); shorten it to at most {limit - 1}"
-            )
-        if generation_config.max_length > limit:
-            raise UserError(
-                f"a prompt of {input_ids_length} tokens leaves {room} of the model's {limit} "
-                f"positions, got {generation_config.max_length - input_ids_length} new tokens; "
-                f"set max_new_tokens={room}"
-            )
-        GenerationMixin._validate_generated_length(
-            self, generation_config, input_ids_length, has_default_max_length
         )
 
     def _prepare_attention_mask_for_generation(

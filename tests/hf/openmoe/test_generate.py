@@ -1,4 +1,4 @@
-"""Generation: the cache, padding on the left, streaming, stopping, running out of positions."""
+"""Generation: the cache, padding on the left, streaming, stopping."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from expertmesh.errors import UserError
 from expertmesh.hf import OpenMoeForCausalLM, OpenMoeTokenizer, StopAtEndOfAnswer, as_openmoe
 from expertmesh.hf.openmoe import END_OF_ANSWER
 from expertmesh.models import DecoderLM, decoder_preset
@@ -126,32 +125,3 @@ def test_the_stop_rule_ends_a_text(model: OpenMoeForCausalLM, tokens: Tensor) ->
     stop = StopAtEndOfAnswer(7, ending=whole[8:10])
     stopped = model.generate(tokens[:1], stopping_criteria=[stop], **GREEDY)[0].tolist()
     assert stopped == whole[:10]
-
-
-def test_a_prompt_longer_than_the_positions_is_refused(model: OpenMoeForCausalLM) -> None:
-    long = torch.zeros(1, 25, dtype=torch.int64)
-    with pytest.raises(UserError, match=r"prompt has 25 tokens.* 24 positions.* at most 23"):
-        model.generate(long, **GREEDY)
-    with pytest.raises(UserError, match="the sequence has 25 tokens, but the model has 24"):
-        model(long)
-
-
-def test_more_new_tokens_than_positions_are_refused(
-    model: OpenMoeForCausalLM, tokens: Tensor
-) -> None:
-    with pytest.raises(UserError, match="18 new tokens; set max_new_tokens=17"):
-        model.generate(tokens, max_new_tokens=18)
-    assert model.generate(tokens, max_new_tokens=17, do_sample=False).shape == (2, 24)
-
-
-def test_padding_takes_no_position(
-    model: OpenMoeForCausalLM, decoder: DecoderLM, tokens: Tensor
-) -> None:
-    padded = torch.cat([torch.zeros(2, 20, dtype=torch.int64), tokens], dim=1)
-    mask = torch.arange(27).ge(20).long().expand(2, -1)
-    torch.testing.assert_close(
-        model(padded, attention_mask=mask).logits[:, -1],
-        decoder(tokens)[:, -1],
-        rtol=1e-11,
-        atol=1e-11,
-    )
