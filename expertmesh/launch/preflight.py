@@ -18,6 +18,8 @@ from expertmesh.launch.place import Place, ThisMachine
 
 _SECONDS = 60
 _CALL_SECONDS = 10
+# Of an answer that cannot be read, so many characters are shown.
+_MOST_SHOWN = 100
 Facts = dict[str, Any]
 
 
@@ -136,15 +138,17 @@ def _listening(place: Place, port: int, word: str) -> Iterator[Problem | None]:
     timer.start()
     try:
         said: list[str] = []
-        answer = None
+        answer: Facts | Problem | None = None
         for line in process.stdout:
-            if (answer := _answer(line)) is not None:
+            if (answer := _answer(place, line)) is not None:
                 break
             said.append(line)
         if answer is None and time.monotonic() >= deadline:
             yield Problem(place.name, f"did not listen on port {port} within {_SECONDS} s")
         elif answer is None:
             yield _ended(place, process.wait(), said)
+        elif isinstance(answer, Problem):
+            yield answer
         elif answer["error"] is not None:
             yield Problem(
                 place.name,
@@ -180,7 +184,7 @@ def _ask(place: Place, *words: str) -> Facts | Problem:
     except subprocess.TimeoutExpired:
         return Problem(place.name, f"no answer within {_SECONDS} s")
     for line in asked.stdout.splitlines():
-        if (answer := _answer(line)) is not None:
+        if (answer := _answer(place, line)) is not None:
             return answer
     said = asked.stderr.strip().splitlines() or asked.stdout.strip().splitlines()
     return _ended(place, asked.returncode, said)
@@ -205,6 +209,18 @@ def _command(place: Place, *words: str) -> list[str]:
     return place.command(["-c", source, *words], "/")
 
 
-def _answer(line: str) -> Facts | None:
-    _, _, answer = line.partition(probe.ANSWER)
-    return json.loads(answer) if answer else None
+def _answer(place: Place, line: str) -> Facts | Problem | None:
+    """What a line answers, or None where it is not an answer."""
+    _, mark, words = line.partition(probe.ANSWER)
+    if not mark:
+        return None
+    try:
+        return json.loads(words)
+    except ValueError:
+        came = words.strip()
+        shown = came if len(came) <= _MOST_SHOWN else f"{came[:_MOST_SHOWN]}..."
+        return Problem(
+            place.name,
+            f"its answer is cut off or mixed with other words: expected one line of JSON, got "
+            f"{shown!r}; see that the connection holds and that shell start-up files print nothing",
+        )

@@ -57,7 +57,7 @@ def test_the_probe_knows_this_installation():
 
     words = [sys.executable, "-c", Path(probe.__file__).read_text(), "facts", "/"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    answer = preflight._answer(done.stdout)
+    answer = preflight._answer(ThisMachine(), done.stdout)
     assert answer["expertmesh"] == expertmesh.__version__
     assert answer["torch"] == torch.__version__
     assert answer["folder"] is True
@@ -151,4 +151,35 @@ def test_a_host_that_says_nothing(monkeypatch):
     with pytest.raises(UserError, match="mute: no answer within 1 s"):
         check_hosts(
             [FakePlace("mute", "import time; time.sleep(60)")], port=free_port(), folder="/"
+        )
+
+
+CUT = 'expected one line of JSON, got \'{"python": "3.1\'; see that the connection holds'
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ('{"python": "3.1', CUT),
+        ("", "expected one line of JSON, got ''; see that the connection holds"),
+        ('{"python": "' + "3" * 200, 'got \'{"python": "' + "3" * 88 + "...'; see that"),
+    ],
+)
+def test_an_answer_that_is_cut_off(answer, reason):
+    said = f"print({probe.ANSWER + answer!r}, end='')"
+    with pytest.raises(UserError) as caught:
+        check_hosts([FakePlace("far", said), ThisMachine()], port=free_port(), folder="/")
+    first, line = str(caught.value).splitlines()
+    assert first == "1 of 2 hosts cannot take part; nothing was started"
+    assert line.startswith("  far: its answer is cut off or mixed with other words: ")
+    assert reason in line
+
+
+def test_a_first_host_whose_answer_to_listening_is_cut_off():
+    said = f"print({probe.ANSWER!r} + '{{', end='')"
+    with preflight._listening(FakePlace("first", said), 7, "word") as problem:
+        assert problem is not None
+        assert problem.host == "first"
+        assert "cut off or mixed with other words: expected one line of JSON, got '{'" in (
+            problem.reason
         )
