@@ -16,6 +16,7 @@ first GPU for each token, which takes as long as reading it does.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -93,4 +94,7 @@ def memory(text: str) -> dict[int | str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -296,5 +296,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from expertmesh.convert.command import Given
     from expertmesh.convert.family import Family
     from expertmesh.convert.source import Stored
+    from expertmesh.train.config import RunFile
 
 HELP = "convert checkpoints: t5x, published, one tensor per expert"
 # Named here too, so that `--help` does not wait for torch.
@@ -66,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         help="config.json or a preset such as openmoe-8b (default: SRC's, or what its shapes fit)",
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="copy these files too (default: SRC's)"
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="copy these too (default: SRC's, or a run's)",
     )
     parser.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="N", help="largest file (default: 5)"
@@ -101,7 +105,7 @@ def _convert(family: "Family", args: argparse.Namespace) -> int:
         args.to,
         dtype=None if args.dtype is None else getattr(torch, DTYPES[args.dtype]),
         shard_bytes=int(args.shard_gb * 1e9),
-        tokenizer=args.tokenizer,
+        tokenizer=_tokenizer(args),
         progress=_Progress(given.config.num_params),
     )
     print(f"to    {args.destination}: {args.to}, {_size(tensors)}")
@@ -126,15 +130,12 @@ def _verify(family: "Family", args: argparse.Namespace) -> int:
 def _given(family: "Family", args: argparse.Namespace) -> "Given":
     """What SRC is: a folder of weights, or what a training run left."""
     from expertmesh.convert import command
-    from expertmesh.train.config import CONFIG
 
     folder = args.source
-    if args.config is None and (folder / CONFIG).is_file():
+    if (run := _run(args)) is not None:
         from expertmesh.train.checkpoint import CheckpointFolder
         from expertmesh.train.loop import CHECKPOINTS
-        from expertmesh.train.run_file import load_run_file
 
-        run = load_run_file(folder / CONFIG)
         checkpoint, passed_over = CheckpointFolder(folder / CHECKPOINTS).newest_valid()
         for line in passed_over:
             print(f"passed over: {line}")
@@ -142,6 +143,29 @@ def _given(family: "Family", args: argparse.Namespace) -> "Given":
             raise UserError(f"{folder} has no checkpoint yet; train it first")
         return command.look_at_training(family, checkpoint.path, run.model)
     return command.look_at(family, folder, args.config)
+
+
+def _run(args: argparse.Namespace) -> "RunFile | None":
+    """The run file, where SRC is what a training run left."""
+    from expertmesh.train.config import CONFIG
+    from expertmesh.train.run_file import load_run_file
+
+    path = args.source / CONFIG
+    return load_run_file(path) if args.config is None and path.is_file() else None
+
+
+def _tokenizer(args: argparse.Namespace) -> Path | None:
+    """What to copy beside the result; None takes what lies beside the tensors, if any."""
+    given: Path | None = args.tokenizer
+    if given is not None or (run := _run(args)) is None:
+        return given
+    from expertmesh.data.tokenizer import tokenizer_path
+
+    try:
+        return tokenizer_path(run.data.tokenizer, cache=run.data.cache)
+    except UserError as error:
+        print(f"no tokenizer is put beside it: {error}; --tokenizer PATH gives one")
+        return None
 
 
 def _size(tensors: "Mapping[str, Stored]") -> str:

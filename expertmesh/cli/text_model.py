@@ -157,6 +157,7 @@ def of_folder(args: argparse.Namespace) -> TextModel:
     local = name.startswith(".") or ("/" in name and Path(name).parent.is_dir())
     if not Path(name).exists() and (local or not _HUB_NAME.fullmatch(name)):
         raise UserError(f"--model {name}: there is no such folder")
+    _check_no_run(Path(name))
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     dtype = DTYPES[args.dtype]
@@ -188,6 +189,24 @@ def of_folder(args: argparse.Namespace) -> TextModel:
         len(tokenizer),
         tokenizer,
     )
+
+
+def _check_no_run(folder: Path) -> None:
+    """Refuse what ``expertmesh train`` wrote: transformers does not know what to make of it."""
+    from expertmesh.errors import UserError
+    from expertmesh.train.config import CONFIG
+    from expertmesh.train.published import PUBLISHED
+
+    if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
+        return
+    published = folder / PUBLISHED
+    advice = f"--model {published} holds its weights for transformers"
+    if not published.is_dir():
+        advice = (
+            "train.save_published writes its weights for transformers, and so does "
+            f"`expertmesh convert FAMILY {folder} OUT` if they are of a published family"
+        )
+    raise UserError(f"--model {folder} is a run: `expertmesh generate {folder}` reads it; {advice}")
 
 
 def _placing(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,8 +13,10 @@ from expertmesh.data.cache import file_sha256
 from expertmesh.data.catalog import CATALOG
 from expertmesh.data.fetch import Say, fetch, say_to_stderr
 from expertmesh.data.hub import PREFIX
-from expertmesh.data.records import ending
+from expertmesh.data.records import RECORD_READERS, ending
 from expertmesh.errors import UserError, nearest
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +121,16 @@ def instruction_source(dataset: str, task_name: str | None = None) -> str:
         dataset: A file, a folder or a name of the catalog, which need no task; else a data set of
             the hub in the format of ``yizhongw/self_instruct``.
         task_name: Its configuration, such as ``super_natural_instructions``.
+
+    Raises:
+        UserError: If it can only be a path, and nothing is there.
     """
     if dataset.startswith(PREFIX) or dataset in CATALOG or Path(dataset).expanduser().exists():
         return dataset
+    # The hub is not asked for what was meant to be here: that takes it half a minute to deny.
+    if not _HUB_NAME.fullmatch(dataset) or ending(Path(dataset)) in RECORD_READERS:
+        raise UserError(
+            f"{dataset!r} is neither a file, a folder, a named data set nor OWNER/NAME of the hub"
+            f"{nearest(dataset, CATALOG)}; `expertmesh data list` shows the names"
+        )
     return f"{PREFIX}{dataset}@{task_name}" if task_name else f"{PREFIX}{dataset}"

@@ -209,6 +209,22 @@ def test_what_cannot_be_done_is_one_line(
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_a_run_is_no_folder_of_transformers(
+    tmp_path: Path, published: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    run.folder.mkdir()
+    run.save()
+    if published:
+        (run.folder / "published").mkdir()
+    assert main(["generate", "--model", str(run.folder)]) == 2
+    told = capsys.readouterr().err
+    assert f"--model {run.folder} is a run: `expertmesh generate {run.folder}` reads it; " in told
+    advice = f"--model {run.folder}/published holds" if published else "train.save_published writes"
+    assert advice in told
+
+
 def test_a_broken_checkpoint_is_one_line(
     openmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from expertmesh.train.checkpoint import CheckpointFolder
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
 from expertmesh.train.run_file import parse_run
 from tests.convert.openmoe import by_hand, meshes
+from tests.openmoe.vocabulary import write_small
 from tests.train.tiny import tables
 
 
@@ -29,12 +30,13 @@ def save(folder: Path, degrees: dict[str, int]) -> None:
     CheckpointFolder(folder, group=mesh.everyone).save(3, model, optimizer, {})
 
 
-def run_folder(path: Path) -> tuple[Path, DecoderConfig]:
+def run_folder(path: Path, tokenizer: str = "byte") -> tuple[Path, DecoderConfig]:
     """A run's folder without a checkpoint, and its model."""
     content: dict[str, Any] = tables(path) | {
         "model": {"preset": "openmoe-test", "vocab_size": 258}
     }
     content["model"] |= {"max_seq_len": 32}
+    content["data"] |= {"tokenizer": tokenizer}
     run = parse_run(content)
     run.folder.mkdir()
     run.save()
@@ -71,3 +73,24 @@ def test_a_run_becomes_a_published_folder(
     expected = model.bfloat16().state_dict()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.bfloat16(), expected[name]), name
+
+
+def test_the_runs_tokenizer_goes_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words").mkdir()
+    words = write_small(tmp_path / "words")
+    folder, config = run_folder(tmp_path, tokenizer=str(words))
+    model = DecoderLM(config, seed=2)
+    optimizer = build_optimizer(model, OptimConfig())
+    CheckpointFolder(folder / "checkpoints").save(7, model, optimizer, {})
+    assert main(["openmoe", str(folder), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == words.read_bytes()
+
+    def offline(*_: Any, **__: Any) -> Path:
+        raise UserError("no way out")
+
+    monkeypatch.setattr("expertmesh.data.tokenizer.tokenizer_path", offline)
+    assert main(["openmoe", str(folder), str(tmp_path / "without")]) == 0
+    assert "no way out; --tokenizer PATH gives one" in capsys.readouterr().out
+    assert not (tmp_path / "without" / "spiece.model").exists()

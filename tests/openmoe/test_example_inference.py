@@ -59,3 +59,22 @@ def test_a_map_by_memory_over_ram_and_disk(folder: Path, tmp_path: Path) -> None
     devices = {line.split()[0] for line in out.splitlines() if "  model." in line}
     assert devices == {"cpu", "disk"}
     assert out.endswith(answer(folder) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--device-map", '{"": "cpu", "lm_head": "disk"}'],
+            "error: device_map puts modules on disk, where they are written in another layout; "
+            "set offload_folder",
+        ),
+        (["--device-map", '{"": "cpu", "head": "disk"}'], "error: device_map names what the model"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, options: list[str], told: str) -> None:
+    command = [sys.executable, str(EXAMPLE), "--model", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(told)
+    assert done.stderr.count("\n") == 1
