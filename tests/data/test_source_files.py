@@ -30,3 +30,9 @@ def test_names_of_instruction_data(tmp_path):
     assert instruction_source("alpaca-demo", "task") == "alpaca-demo"
     assert instruction_source(str(tmp_path), "task") == str(tmp_path)
     assert instruction_source("hf:a/b:test", "task") == "hf:a/b:test"
+
+
+@pytest.mark.parametrize("dataset", ["nofile.jsonl", "own/set.parquet", "./own", "~/own", "a/b/c"])
+def test_the_hub_is_not_asked_for_a_path(dataset):
+    with pytest.raises(UserError, match=r"neither a file, a folder, .* nor OWNER/NAME of the hub"):
+        instruction_source(dataset, "task")
