@@ -35,8 +35,12 @@ class Place:
     expert_zero: int | None = None
     per_rank: int = 1
 
-    def lay_out(self, model: DecoderLM) -> Stages | None:
+    def lay_out(self, model: DecoderLM, narrow: torch.dtype | None) -> Stages | None:
         """Leave a model on the meta device what is this rank's, in place.
+
+        Args:
+            model: Of whole blocks.
+            narrow: What autocast will be on with.
 
         Returns:
             The pipeline's cut; None where there is no pipeline.
@@ -45,7 +49,7 @@ class Place:
         if ranks > 1:
             stages = Stages.of(model.config, ranks, per_rank=self.per_rank)
             keep_stages(model, stages, self.mesh.group("pp").index)
-        parallelize(model, self.mesh, zero=self.zero, expert_zero=self.expert_zero)
+        parallelize(model, self.mesh, zero=self.zero, expert_zero=self.expert_zero, narrow=narrow)
         return stages
 
 
@@ -80,7 +84,7 @@ def make_stepper(
         model = DecoderLM(config, seed=values).to(dtype)
         for moe in moe_layers(model).values():
             moe.router.float()
-    stages = None if place is None else place.lay_out(model)
+    stages = None if place is None else place.lay_out(model, Precision(precision).narrow)
     model.to_empty(device=device)
     model.init_weights(values)
     common: dict[str, Any] = {

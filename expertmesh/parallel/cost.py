@@ -81,6 +81,13 @@ class Work:
         missed = comb(num_experts - num_experts // ep, k) / comb(num_experts, k)
         return self.degrees["etp"] * ep * (1.0 - missed)
 
+    def is_rounded_first(self, parameter: Stored) -> bool:
+        """Whether it is rounded to what autocast is on with before it is gathered.
+
+        So are experts of which other ranks hold copies; see ``parallelize``.
+        """
+        return self.narrow < self.wide and parameter.expert and parameter.ranks > 1
+
     def stage_of(self, parameter: Stored) -> int:
         """The ZeRO stage that holds for a parameter."""
         return self.expert_zero if parameter.expert else self.zero
@@ -92,9 +99,10 @@ def memory(rank: FakeRank, work: Work) -> dict[str, int]:
     - ``parameters``: the rank's pieces. They are float32 and are the masters: autocast rounds
       them for the products.
     - ``gathered``: pieces of others beside its own. In ZeRO stages 1 and 2 all of them, in stage 3
-      those of the two largest blocks, one at work and one on its way.
-    - ``rounded``: under autocast, ``narrow / wide`` of the whole parameters for every micro-batch
-      in flight, or with recomputation of the largest block.
+      those of the two largest blocks, one at work and one on its way. What is rounded before it is
+      gathered lies there whole, ``narrow / wide`` of it.
+    - ``rounded``: under autocast, ``narrow / wide`` of the other parameters, whole, for every
+      micro-batch in flight, or with recomputation of the largest block.
     - ``gradients``: in stage 0 and 1 whole, in 2 and 3 the pieces and the largest block's whole.
     - ``optimizer``: of AdamW two moments of every piece. Of Adafactor the second alone: of a matrix
       the means of its rows and of its columns, whole on every rank, of a vector that of the piece.
@@ -102,7 +110,8 @@ def memory(rank: FakeRank, work: Work) -> dict[str, int]:
     """
     whole = dict.fromkeys(_units(rank), 0)
     for parameter in rank.parameters:
-        whole[_block_of(parameter)] += parameter.gathered
+        if not work.is_rounded_first(parameter):
+            whole[_block_of(parameter)] += parameter.gathered
     held = sum(parameter.held for parameter in rank.parameters)
     rounded = 0
     if work.narrow < work.wide:
@@ -175,8 +184,9 @@ def traffic(rank: FakeRank, work: Work) -> dict[str, int]:
     all-reduce, twice as many. M is the number of micro-batches; statistics of routing, which are
     small, are left out.
 
-    - ``all-gather`` of parameters: once in a step in ZeRO stages 1 and 2, and ``2 M`` times in 3;
-      of attention's input over ``tp`` and of keys and values over ``cp``.
+    - ``all-gather`` of parameters: once in a step in ZeRO stages 1 and 2, and ``2 M`` times in 3,
+      where they are rounded first as narrow numbers; of attention's input over ``tp`` and of keys
+      and values over ``cp``.
     - ``reduce-scatter`` of gradients: once in stage 1, M times in 2 and 3; of attention's output
       over ``tp``, and of gradients of what was gathered.
     - ``all-reduce`` of gradients in stage 0; of the norm over all heads under ``tp``; over a
@@ -237,6 +247,8 @@ def _gathered(rank: FakeRank, work: Work) -> int:
     always, regathered = 0, dict.fromkeys(_units(rank), 0)
     for parameter in rank.parameters:
         others = parameter.gathered - parameter.held
+        if work.is_rounded_first(parameter):
+            others = parameter.gathered * work.narrow // work.wide
         if work.stage_of(parameter) == 3:
             regathered[_block_of(parameter)] += others
         else:
@@ -261,7 +273,9 @@ def _synchronised(parameter: Stored, work: Work) -> dict[str, float]:
     if stage == 0:
         return {"all-reduce": 2 * others * parameter.held / parameter.ranks}
     pieces = others * parameter.held
-    gathers = 2 * work.num_micro_batches if stage == 3 else 1
+    gathers: float = 2 * work.num_micro_batches if stage == 3 else 1
+    if work.is_rounded_first(parameter):
+        gathers *= work.narrow / work.wide
     sums = 1 if stage == 1 else work.num_micro_batches
     return {"all-gather": gathers * pieces, "reduce-scatter": sums * pieces}
 

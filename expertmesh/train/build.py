@@ -54,6 +54,7 @@ def build_passes(run: RunFile, device: torch.device, mesh: "Mesh | None" = None)
         zero=settings.zero,
         expert_zero=settings.expert_zero,
         dispatch=settings.dispatch,
+        narrow=Precision(run.train.precision).narrow,
     )
     model.to_empty(device=device)
     model.init_weights(run.run.seed)

@@ -24,12 +24,16 @@ class Precision:
 
     name: PrecisionName
 
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """What autocast is on with; None for ``"fp32"``."""
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context of a forward pass; does nothing for ``"fp32"``."""
-        if self.name == "fp32":
+        if self.narrow is None:
             return nullcontext()
-        dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
-        return torch.autocast(device.type, dtype=dtype)
+        return torch.autocast(device.type, dtype=self.narrow)
 
     def loss_scale(self) -> "LossScale":
         """Dynamic for ``"fp16"``, and a constant 1 else."""

@@ -207,7 +207,12 @@ def _laid_out(setting: Setting, layout: Layout, mesh: Mesh, numbers: Numbers) ->
         stages = Stages.of(model.config, mesh.degree("pp"), per_rank=layout.per_rank)
         keep_stages(model, stages, mesh.group("pp").index)
     parallelize(
-        model, mesh, zero=layout.zero, expert_zero=layout.expert_zero, dispatch=layout.dispatch
+        model,
+        mesh,
+        zero=layout.zero,
+        expert_zero=layout.expert_zero,
+        dispatch=layout.dispatch,
+        narrow=Precision(numbers.precision).narrow,
     )
     model.to_empty(device=CPU)
     model.init_weights(5)

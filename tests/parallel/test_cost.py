@@ -148,7 +148,8 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
         keep_stages(model, case.stages, mesh.coordinates["pp"])
     if case.recompute:
         model.checkpoint_blocks()
-    parallelize(model, mesh, zero=case.zero, expert_zero=case.expert_zero)
+    narrow = torch.bfloat16 if case.rounded else None
+    parallelize(model, mesh, zero=case.zero, expert_zero=case.expert_zero, narrow=narrow)
     slices = GatheredSlices(mesh.group("cp"), SEQ_LEN)
     torch.manual_seed(mesh.rank)
     tokens_BS = slices.own_part(torch.randint(30, (case.work.rows, SEQ_LEN)), 1)
@@ -175,6 +176,9 @@ def sent_in_a_step(case: Case) -> dict[str, int]:
         Case({"ep": 2, "etp": 2}, zero=3),
         Case({"ep": 2}, zero=2, expert_zero=3, recompute=True),
         Case({"ep": 4}, zero=2, rounded=True),
+        Case({"ep": 2}, zero=2, expert_zero=1, rounded=True),
+        Case({"dp": 4}, zero=1, expert_zero=0, rounded=True),
+        Case({"ep": 2}, zero=1, expert_zero=3, rounded=True),
         Case({"ep": 2, "etp": 2}, zero=3, rounded=True, shape={"expert_form": "scaled_input"}),
         Case({"tp": 2, "ep": 4}, zero=2, shape={"qk_norm": "full"}),
         Case({"tp": 2, "ep": 4}, zero=2, rounded=True),
@@ -274,6 +278,11 @@ def test_what_is_together_for_a_while() -> None:
         assert (needed["parameters"], needed["optimizer"]) == (122, 244)
         needed = memory(_rank(0, *parameters), replace(work, optimizer="adafactor"))
         assert needed["optimizer"] == 4 * (2 + 5) + 5 + 4 * 4 * (5 + 10) + 7
+    # Experts with copies elsewhere are gathered as narrow numbers, and not rounded again.
+    for expert_zero, gathered in ((1, 66 + 100), (3, 66 + 100)):
+        work = replace(base, zero=1, expert_zero=expert_zero, narrow=2)
+        needed = memory(_rank(0, *parameters), work)
+        assert (needed["gathered"], needed["rounded"]) == (gathered, (40 + 20 + 28) // 2)
     whole = replace(parameters[3], held=28, copied=True)
     needed = memory(_rank(0, whole), replace(base, zero=0))
     assert (needed["gathered"], needed["gradients"]) == (0, 28)
