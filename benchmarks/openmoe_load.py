@@ -1,6 +1,7 @@
 """Memory of loading published OpenMoE folders and writing 32 tokens, wherever the weights lie.
 
     python benchmarks/openmoe_load.py            on one H200: results/openmoe_load.json
+    python benchmarks/openmoe_load.py --only "8b, RAM and disk"       others stay as they are there
     python benchmarks/openmoe_load.py --tiny     the same code on a small model, here, for tests
 
 The folders are in the published layout, all zeros, and take no room: the files have holes. So
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, save  # beside this file
+from record import RESULTS, load_if_there, save, stamps_of  # beside this file
 
 NAME = "openmoe_load"
 GB = 1e9
@@ -37,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8b, GPU and RAM": {"size": "8b", "max_memory": {"0": "12GB", "cpu": "100GB"}},
     "34b, GPU and RAM": {"size": "34b", "max_memory": {"0": "80GB", "cpu": "100GB"}},
     "8b, GPU, RAM and disk": {"size": "8b", "max_memory": {"0": "8GB", "cpu": "8GB"}},
+    "8b, RAM and disk": {"size": "8b", "max_memory": {"cpu": "10GB"}},
 }
 TINY: dict[str, dict[str, Any]] = {
     "test": {"size": "test", "device": "cpu", "vocab_size": 512},
@@ -199,6 +201,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, not saved")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.setting is not None:
@@ -207,13 +210,17 @@ def main() -> None:
     if arguments.tiny:
         measure_all(TINY, lambda _: None)
         return
-    measure_all(SETTINGS, _keep)
+    measure_all({name: SETTINGS[name] for name in arguments.only}, _keep)
     print(f"written to {RESULTS / NAME}.json")
 
 
 def _keep(found: dict[str, Any]) -> None:
+    old = load_if_there(NAME)
+    settings = old.get("settings", {}) | found
+    rest = [name for name in settings if name not in found]
     about = {"published_gb": PUBLISHED_GB, "new_tokens": NEW_TOKENS}
-    save(NAME, {**about, "settings": found})
+    ordered = {name: settings[name] for name in SETTINGS if name in settings}
+    save(NAME, {**about, "settings": ordered}, kept=stamps_of(old, rest))
 
 
 if __name__ == "__main__":
