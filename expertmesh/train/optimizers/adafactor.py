@@ -27,6 +27,10 @@ Copies = Callable[[Tensor], int]
 
 # Added to squared gradients, and least scale of a parameter (the paper's eps_1 and eps_2).
 _SQUARE, _SCALE = 1e-30, 1e-3
+_AT_ONCE = {"cpu": 2**22}
+_AT_ONCE_ON_GPUS = 2**26
+"""Numbers of an update that there are at a time: what a CPU's caches hold, and elsewhere 256 MiB,
+for few launches."""
 
 
 @final
@@ -133,8 +137,6 @@ class _Work:
     group: dict[str, Any]
     copies: int
     numel: int
-    scale: float = 0.0
-    clip: float = 0.0
 
     @staticmethod
     def of(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], copies: int) -> "_Work":
@@ -156,7 +158,8 @@ class _Work:
 
     def take_squares(self, total: Tensor) -> None:
         """Update the second moments from the whole parameter's sums of squares."""
-        self.scale = max(_SCALE, math.sqrt(float(total[0]) / self.numel))
+        # Factors stay on the device: the host would wait for each of them.
+        self.scale = (total[0] / self.numel).sqrt().clamp_min(_SCALE)
         weight = float(self.state["step"]) ** -self.group["decay"]
         if "square" in self.state:
             own = self.grad.float().square().add_(_SQUARE)
@@ -170,37 +173,54 @@ class _Work:
 
     def update_square(self) -> Tensor:
         """The sum of squares of this box's update."""
+        if "square" in self.state:
+            return _square(self.grad.float() * self._by_number()).view(1)
         total = torch.zeros(1, device=self.grad.device)
-        for _, update in self._updates():
-            total += _square(update)
+        for _, by_rows, by_column in self._parts(*self._by_rows_and_columns()):
+            column = torch.linalg.vector_norm(by_rows, dim=-2)
+            total += (column * by_column.squeeze(-2)).square().sum()
         return total
 
     def take_update_square(self, total: Tensor) -> None:
-        """Remember by what the update is divided so that its root mean square is at most 1."""
-        self.clip = max(1.0, math.sqrt(float(total) / self.numel))
+        """Remember the step's length, at which the update's root mean square is at most 1."""
+        clip = (total[0] / self.numel).sqrt().clamp_min(1.0)
+        self.length = self.group["lr"] * self.scale / clip
 
     def apply(self) -> None:
         """Change the parameter."""
-        lr = self.group["lr"]
-        self.box.local.mul_(1 - lr * self.group["weight_decay"])
-        for values, update in self._updates():
-            values.add_(update.to(values.dtype), alpha=-lr * self.scale / self.clip)
-
-    def _updates(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of the box with the gradient over the root of its second moment, in float32.
-
-        Made twice a step, and of a stack matrix by matrix: it is never whole in memory.
-        """
+        values = self.box.local
+        if decay := self.group["lr"] * self.group["weight_decay"]:
+            values.mul_(1 - decay)
         if "square" in self.state:
-            square = shard_of(self.state["square"]).local
-            yield self.box.local, self.grad.float() * square.rsqrt()
+            values.sub_((self.grad.float() * (self._by_number() * self.length)).to(values.dtype))
             return
+        by_row, by_column = self._by_rows_and_columns()
+        for place, update, columns in self._parts(by_row * self.length, by_column):
+            values[place].sub_(update.mul_(columns).to(values.dtype))
+
+    def _by_number(self) -> Tensor:
+        """What a vector's gradient is multiplied by."""
+        return shard_of(self.state["square"]).local.rsqrt()
+
+    def _by_rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        """The same of a matrix in two factors, for this box's rows and columns."""
         rows, columns = self.state["rows"], self.state["columns"]
         by_row = (rows / rows.mean(-1, keepdim=True)).rsqrt()[self._place("rows")]
-        by_column = columns.rsqrt()[self._place("columns")]
-        for place in itertools.product(*(range(size) for size in self.grad.shape[:-2])):
-            update = self.grad[place].float() * by_row[place].unsqueeze(-1)
-            yield self.box.local[place], update.mul_(by_column[place])
+        return by_row, columns.rsqrt()[self._place("columns")]
+
+    def _parts(
+        self, by_row: Tensor, by_column: Tensor
+    ) -> Iterator[tuple[tuple[int | slice, ...], Tensor, Tensor]]:
+        """Where a part of the box lies, its gradient times its rows' factors, its columns' factors.
+
+        Parts are some matrices of a stack or some rows of one: the whole is never in memory.
+        """
+        stack = self.grad.dim() - 2
+        at_once = _AT_ONCE.get(self.grad.device.type, _AT_ONCE_ON_GPUS)
+        for place in _slabs(tuple(self.grad.shape), at_once):
+            by_rows = self.grad[place].to(torch.float32, copy=True)
+            by_rows.mul_(by_row[place].unsqueeze(-1))
+            yield place, by_rows, by_column[place[:stack]].unsqueeze(-2)
 
     def _place(self, key: str) -> tuple[slice, ...]:
         """Where this box's rows or columns lie in the whole parameter's."""
@@ -213,3 +233,13 @@ class _Work:
 def _square(values: Tensor) -> Tensor:
     """The sum of squares, in float32."""
     return torch.linalg.vector_norm(values, dtype=torch.float32).square()
+
+
+def _slabs(shape: tuple[int, ...], at_once: int) -> Iterator[tuple[int | slice, ...]]:
+    """Places that together are a tensor, each of a few consecutive indices of one of its dims."""
+    sizes = [max(1, math.prod(shape[dim + 1 :])) for dim in range(len(shape) - 1)]
+    dim = next((dim for dim, size in enumerate(sizes) if size <= at_once), len(shape) - 2)
+    count = max(1, at_once // sizes[dim])
+    for outer in itertools.product(*(range(size) for size in shape[:dim])):
+        for start in range(0, shape[dim], count):
+            yield (*outer, slice(start, start + count))

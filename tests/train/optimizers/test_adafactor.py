@@ -14,6 +14,7 @@ from expertmesh.parallel.pipeline import Pipeline
 from expertmesh.testing import assert_close, run_on_ranks
 from expertmesh.testing.equivalence import assemble, pieces
 from expertmesh.train.optimizer import OptimConfig, build_optimizer
+from expertmesh.train.optimizers import adafactor
 from expertmesh.train.optimizers.adafactor import Adafactor
 from expertmesh.train.passes import OneByOne, Passes, ThroughPipeline
 from expertmesh.train.precision import Precision
@@ -65,6 +66,19 @@ def test_two_steps_by_the_papers_formula_in_float64() -> None:
         update /= max(1.0, float(update.square().mean().sqrt()))
         value -= 0.5 * max(1e-3, float(value.square().mean().sqrt())) * update
     assert_close("parameter", param.detach().double(), value, 1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 8, 24, 1000])
+def test_parts_are_the_whole(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = parameters(), parameters()
+    optimizers = [Adafactor([{"params": p, "weight_decay": 0.1}], lr=1e-2) for p in (whole, cut)]
+    for number in (1, 2, 3):
+        step(whole, optimizers[0], number)
+        with monkeypatch.context() as patched:
+            patched.setitem(adafactor._AT_ONCE, "cpu", at_once)
+            step(cut, optimizers[1], number)
+    for one, other in zip(whole, cut, strict=True):
+        assert_close("parameter", other.detach(), one.detach(), 1e-6)
 
 
 def test_an_expert_without_tokens_stays_where_it_is() -> None:
