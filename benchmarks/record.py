@@ -25,6 +25,7 @@ PACKAGES = (
     "quack-kernels",
     "scattermoe",
     "liger-kernel",
+    "torchtitan",
 )
 """Those whose version a figure may depend on, where they are installed."""
 

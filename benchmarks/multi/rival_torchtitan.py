@@ -1,4 +1,9 @@
-"""A decoder of the same shape by torchtitan: experts over all ranks, the rest sharded by FSDP2."""
+"""A decoder of the same shape by torchtitan: experts over all ranks, the rest sharded by FSDP2.
+
+    pip install --no-deps torchtitan==0.2.2 tyro typeguard docstring-parser shtab einops torchdata
+
+beside ``datasets``, ``tokenizers`` and ``tensorboard``; later versions want a nightly torch.
+"""
 
 import importlib
 import importlib.util
