@@ -1,6 +1,6 @@
 """Where the time of a step goes: its kernels, and the parts that they belong to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 TOP = 20
 PARTS = {
+    "communication": ("nccl",),
     "optimizer and clipping": ("adam", "multi_tensor_apply", "lpnorm", "foreach"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "experts": (
@@ -54,7 +55,8 @@ def part_of(kernel: str) -> str:
 def where_time_goes(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """Shares of a step's time on the device by part, and its longest kernels.
 
-    On the CPU the operations of torch take the place of kernels.
+    Kernels that run beside each other count both; ``busy_ms`` is how long any ran. On the CPU the
+    operations of torch take the place of kernels.
 
     Args:
         step: Has run before.
@@ -79,20 +81,30 @@ def where_time_goes(step: Callable[[], object], device: torch.device) -> dict[st
     for kernel, us, _ in events:
         parts[part_of(kernel)] = parts.get(part_of(kernel), 0.0) + us / total
     longest = sorted(events, key=lambda event: -event[1])[:TOP]
-    found = {
+    ranges = [e.time_range for e in profiler.events() if on_gpu and e.device_type.name == "CUDA"]
+    return {
         "device_ms": round(total / 1e3, 3),
+        "busy_ms": round(covered([(r.start, r.end) for r in ranges]) / 1e3, 3),
         "parts": {part: round(share, 4) for part, share in sorted(parts.items())},
         "kernels": [
             {"name": kernel[:120], "ms": round(us / 1e3, 3), "calls": calls}
             for kernel, us, calls in longest
         ],
     }
-    _show(found)
-    return found
 
 
-def _show(found: dict[str, Any]) -> None:
-    print(f"  {found['device_ms']:.1f} ms on the device")
+def covered(ranges: Iterable[tuple[float, float]]) -> float:
+    """How much of the line lies within any range."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what ``where_time_goes`` found."""
+    print(f"  {found['device_ms']:.1f} ms on the device, which was busy for {found['busy_ms']:.1f}")
     for part, share in sorted(found["parts"].items(), key=lambda item: -item[1]):
         print(f"  {share:6.1%}  {part}")
     for row in found["kernels"]:

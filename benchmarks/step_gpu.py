@@ -40,7 +40,7 @@ from multi.build import make_stepper
 from multi.rival import LR, olmoe, training_step
 from multi.training import SEQUENCE, TINY, random_batch
 from peak import MFU, utilisation
-from profiled import where_time_goes
+from profiled import show, where_time_goes
 from record import RESULTS, load_if_there, save, stamps_of
 
 from expertmesh.models import DecoderConfig, decoder_preset
@@ -123,6 +123,7 @@ class Bench:
         }
         if self.profile:
             found["profile"] = where_time_goes(step, self.device)
+            show(found["profile"])
         return found
 
     def _seconds(self, step: Callable[[], object]) -> float:

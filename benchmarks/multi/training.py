@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from profiled import where_time_goes  # in the folder above
 
 from expertmesh.data import Batch
 from expertmesh.models import DecoderConfig
@@ -58,6 +59,7 @@ def measure(world: World) -> dict[str, Any]:
         "torchtitan": rival_torchtitan.words(world.device),
         "tokens per second per device": {},
         "peak GiB": {},
+        "profiles": {},
     }
     # Each by itself first, while no connections between the ranks take memory.
     builders: dict[str, Callable[[], Step]] = {
@@ -87,21 +89,24 @@ def _note(
         speeds[name] = found
         world.say(f"  {name}: {found}")
         return
-    seconds, peak = found
+    seconds, peak, profile = found
     speeds[name] = round(num_tokens / seconds, 1)
     result["peak GiB"][name] = round(peak, 2)
+    result["profiles"][name] = profile
     world.say(f"  {name:24} {speeds[name]:10.0f} tokens/s per device, {1e3 * seconds:.1f} ms")
 
 
-def _timed(world: World, build: Callable[[], Step]) -> tuple[float, float]:
-    """Seconds of a step, and peak GiB."""
+def _timed(world: World, build: Callable[[], Step]) -> tuple[float, float, dict[str, Any]]:
+    """Seconds of a step, peak GiB, and where the first rank's time goes."""
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         world.together(_check_empty)
-    seconds = world.seconds(world.together(build), *((1, 1) if world.tiny else (ROUNDS, WARM)))
+    step = world.together(build)
+    seconds = world.seconds(step, *((1, 1) if world.tiny else (ROUNDS, WARM)))
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    return seconds, max(world.gather(peak))
+    profile = world.together(partial(where_time_goes, step, world.device))
+    return seconds, max(world.gather(peak)), world.gather(profile)[0]
 
 
 def _check_empty() -> None:
@@ -154,6 +159,11 @@ def table(result: dict[str, Any]) -> list[str]:
     for name, speed in result["tokens per second per device"].items():
         scaling, peak = result["weak scaling"].get(name, ""), result["peak GiB"].get(name, "")
         lines.append(f"| {name} | {speed} | {scaling} | {peak} |")
+    for name, profile in result.get("profiles", {}).items():
+        shares = sorted(profile["parts"].items(), key=lambda item: -item[1])
+        words = ", ".join(f"{part} {share:.0%}" for part, share in shares if share >= 0.005)
+        busy = f"{profile['device_ms']:.0f} ms of kernels in {profile['busy_ms']:.0f} ms"
+        lines.append(f"{name}: {busy}; {words}")
     return lines + [result[key] for key in ("torchtitan", "note") if key in result]
 
 

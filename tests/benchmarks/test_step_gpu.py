@@ -136,8 +136,16 @@ def test_what_does_not_fit_or_is_not_installed_is_a_result(step_gpu, script):
         ("multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer and clipping"),
         ("_gates_kernel", "router and losses of balance"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "other products"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "communication"),
         ("vectorized_elementwise_kernel", "everything else"),
     ],
 )
 def test_parts_by_the_names_of_kernels(script, kernel, part):
     assert script("profiled").part_of(kernel) == part
+
+
+def test_time_in_which_anything_ran(script):
+    covered = script("profiled").covered
+    assert covered([]) == 0
+    assert covered([(0, 2), (5, 6)]) == 3
+    assert covered([(1, 4), (0, 2), (3, 3.5), (4, 5)]) == 5
