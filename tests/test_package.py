@@ -101,7 +101,9 @@ def test_import_brings_in_nothing_but_torch():
 
 def test_the_compiler_is_imported_to_compile_alone():
     code = (
-        "import sys, expertmesh.train.loop, expertmesh.train.build, expertmesh.report;"
+        "import sys, torch, expertmesh.train.loop, expertmesh.train.build, expertmesh.report;"
+        "from expertmesh.models import DecoderLM, decoder_preset;"
+        "model = DecoderLM(decoder_preset('nano')); model(torch.zeros(1, 4, dtype=torch.int64));"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -48,11 +48,9 @@ class DecoderLM(nn.Module):
         self.config = config
         device = torch.get_default_device()
         with torch.device("meta"):
-            self.embedding = nn.Embedding(config.vocab_size, config.dim)
+            self.embedding = _embedding(config.vocab_size, config.dim)
             self.positions = (
-                nn.Embedding(config.max_seq_len, config.dim)
-                if config.position == "learned"
-                else None
+                _embedding(config.max_seq_len, config.dim) if config.position == "learned" else None
             )
             self.blocks = nn.ModuleList(
                 MoEBlock(config, index) if config.is_moe(index) else DenseBlock(config, index)
@@ -289,6 +287,11 @@ class DecoderLM(nn.Module):
                 f"the sequence must be at most max_seq_len={self.config.max_seq_len} long with "
                 f"learned positions, got {past + new}; set max_seq_len, or position='rotary'"
             )
+
+
+def _embedding(num: int, dim: int) -> nn.Embedding:
+    """Without torch's own initial values, for which the meta device imports the compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(num, dim), freeze=False)
 
 
 def _whole(x: Tensor, _: int) -> Tensor:
