@@ -30,7 +30,8 @@ def prefetch(base, first, COUNT: tl.constexpr, end):
     Nothing is read: they may still be written.
     """
     LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
-    number = tl.minimum(first + tl.arange(0, COUNT // LINE) * LINE, end - 1)
+    LINES: tl.constexpr = (COUNT + LINE - 1) // LINE  # one at least
+    number = tl.minimum(first + tl.arange(0, LINES) * LINE, end - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

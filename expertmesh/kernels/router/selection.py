@@ -31,7 +31,7 @@ def _select_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The K best of each row, one at a time; with GATES, also all that ``_gates_kernel`` writes."""
+    """The K best of each row, one at a time; with GATES, also scores, gates and choices."""
     block = tl.program_id(0).to(tl.int64)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
