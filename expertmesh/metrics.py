@@ -96,7 +96,8 @@ class RoutingMeter:
             bin_T = bin_T[routing.token_N]
         chosen_T = (routing.chosen_TK < routing.num_experts).sum(dim=1)
         counters["choices"].index_add_(0, bin_T, chosen_T)
-        counters["dropped"].index_add_(0, bin_T, routing.dropped_TK.sum(dim=1))
+        if routing.dropped_TK is not None:
+            counters["dropped"].index_add_(0, bin_T, routing.dropped_TK.sum(dim=1))
         counters["tokens"] += num_tokens if padding_mask is None else (~padding_mask).sum()
         if routing.logits_TE is not None and num_tokens > 0:
             self._count_logits(routing.logits_TE, padding_mask)

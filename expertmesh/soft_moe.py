@@ -181,7 +181,6 @@ class _SlotRouter(Router):
             weight_TK=torch.ones_like(expert_TK, dtype=wide_dtype(x_TD)),
             chosen_TK=expert_TK,
             load_E=count_experts(expert_TK, self.num_experts),
-            dropped_TK=torch.zeros_like(expert_TK, dtype=torch.bool),
             most_per_expert=len(x_TD) // self.num_experts,
         )
 

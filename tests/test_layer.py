@@ -361,7 +361,6 @@ class EveryoneToTheFirst(Router):
             weight_TK=torch.ones(len(x_TD), 1, dtype=x_TD.dtype),
             chosen_TK=expert_TK,
             load_E=load_E,
-            dropped_TK=torch.zeros_like(expert_TK, dtype=torch.bool),
         )
 
     def reset_parameters(self, seed):

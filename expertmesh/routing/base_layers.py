@@ -131,7 +131,6 @@ class BaseRouter(Router):
             weight_TK=torch.where(valid_T1, alpha_T1, 0.0),
             chosen_TK=expert_T1,
             load_E=count_experts(expert_T1, self.num_experts),
-            dropped_TK=torch.zeros_like(valid_T1),
             logits_TE=logits_TE,
             most_per_expert=most,
         )

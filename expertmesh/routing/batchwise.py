@@ -183,7 +183,6 @@ class BatchwiseRouter(Router):
             weight_TK=weight_NK,
             chosen_TK=expert_NK,
             load_E=count_experts(expert_NK, self.num_experts),
-            dropped_TK=torch.zeros_like(expert_NK, dtype=torch.bool),
             logits_TE=logits_TE,
             losses=losses,
             token_N=token_N,

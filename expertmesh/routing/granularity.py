@@ -247,7 +247,7 @@ def _first_rows(routing: Routing, valid_BL: Tensor) -> Routing:
         expert_TK=routing.expert_TK[row_B],
         weight_TK=routing.weight_TK[row_B],
         chosen_TK=routing.chosen_TK[row_B],
-        dropped_TK=routing.dropped_TK[row_B],
+        dropped_TK=None if routing.dropped_TK is None else routing.dropped_TK[row_B],
         logits_TE=None,
         most_per_expert=None if most is None else most // valid_BL.shape[1],
     )
@@ -263,14 +263,17 @@ def _by_token(routing: Routing, valid_BL: Tensor) -> Routing:
 
     expert_TK = torch.where(valid_T1, tokens(routing.expert_TK), num_experts)
     chosen_TK = torch.where(valid_T1, tokens(routing.chosen_TK), num_experts)
-    dropped_TK = tokens(routing.dropped_TK) & valid_T1
+    asked_TK, dropped_TK = expert_TK, None
+    if routing.dropped_TK is not None:
+        dropped_TK = tokens(routing.dropped_TK) & valid_T1
+        asked_TK = torch.where(dropped_TK, chosen_TK, expert_TK)
     most = routing.most_per_expert
     return Routing(
         num_experts=num_experts,
         expert_TK=expert_TK,
         weight_TK=torch.where(valid_T1, tokens(routing.weight_TK), 0.0),
         chosen_TK=chosen_TK,
-        load_E=count_experts(torch.where(dropped_TK, chosen_TK, expert_TK), num_experts),
+        load_E=count_experts(asked_TK, num_experts),
         dropped_TK=dropped_TK,
         logits_TE=None if routing.logits_TE is None else tokens(routing.logits_TE),
         losses=routing.losses,

@@ -229,7 +229,6 @@ class HierarchicalRouter(Router):
             weight_TK=torch.where(expert_TK < self.num_experts, gate_TK, 0.0),
             chosen_TK=chosen_TK,
             load_E=count_experts(expert_TK, self.num_experts),
-            dropped_TK=torch.zeros_like(expert_TK, dtype=torch.bool),
             logits_TE=logits_TE,
             losses=losses,
         )

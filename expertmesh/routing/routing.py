@@ -23,7 +23,8 @@ class Routing:
         weight_TK: ``(T, K)``, float32 or wider; what multiplies the expert's output.
         chosen_TK: int64 ``(T, K)``; the k best, before any was skipped by rule or dropped.
         load_E: int64 ``(E,)``; choices that name each expert, those later dropped included.
-        dropped_TK: bool ``(T, K)``; choices that overflowed their expert's capacity.
+        dropped_TK: bool ``(T, K)``; choices that overflowed their expert's capacity; None where
+            experts take whatever comes.
         logits_TE: ``(T, E)`` router logits before noise on the logits, or None.
         losses: Balance losses by name, each with its coefficient; empty in evaluation.
         most_per_expert: A bound, known without looking, on the choices in ``expert_TK`` that name
@@ -36,7 +37,7 @@ class Routing:
     weight_TK: Tensor
     chosen_TK: Tensor
     load_E: Tensor
-    dropped_TK: Tensor
+    dropped_TK: Tensor | None = None
     logits_TE: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     most_per_expert: int | None = None
@@ -52,6 +53,8 @@ class Routing:
     @property
     def num_dropped(self) -> Tensor:
         """int64 scalar; choices that overflowed their expert's capacity."""
+        if self.dropped_TK is None:
+            return self.chosen_TK.new_zeros(())
         return self.dropped_TK.sum()
 
 

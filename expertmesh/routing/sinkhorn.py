@@ -156,7 +156,6 @@ class SinkhornRouter(Router):
             weight_TK=weight_TK,
             chosen_TK=chosen_TK,
             load_E=count_experts(chosen_TK, self.num_experts),
-            dropped_TK=torch.zeros_like(chosen_TK, dtype=torch.bool),
             logits_TE=logits_TE,
             losses=losses,
         )

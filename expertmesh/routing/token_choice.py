@@ -53,7 +53,7 @@ class _Admitted(NamedTuple):
 
     expert_TK: Tensor
     load_E: Tensor
-    dropped_TK: Tensor
+    dropped_TK: Tensor | None
     most_per_expert: int | None
 
 
@@ -262,7 +262,7 @@ class TokenChoice(Router):
         if load_E is None or self.skip is not None:
             load_E = count_experts(wanted_TK, self.num_experts)
         if self.capacity is None:
-            return _Admitted(wanted_TK, load_E, torch.zeros_like(wanted_TK, dtype=torch.bool), None)
+            return _Admitted(wanted_TK, load_E, None, None)
         order = self._order(len(chosen_TK), sequence_length, draw.key)
         expert_TK = self.capacity.drop(
             wanted_TK, gate_TK, self.num_experts, training=self.training, order=order, draw=draw

@@ -46,5 +46,4 @@ def unscored(
         weight_TK=served_TK.to(wide_dtype(x_TD)) / expert_TK.shape[1],
         chosen_TK=expert_TK,
         load_E=count_experts(expert_TK, num_experts),
-        dropped_TK=torch.zeros_like(served_TK),
     )

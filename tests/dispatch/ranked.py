@@ -100,7 +100,6 @@ def routing(expert_TK: Tensor, weight_TK: Tensor, most: int | None = None) -> Ro
         weight_TK=weight_TK,
         chosen_TK=expert_TK,
         load_E=expert_TK.flatten().bincount(minlength=EXPERTS + 1)[:EXPERTS],
-        dropped_TK=torch.zeros_like(expert_TK, dtype=torch.bool),
         most_per_expert=most,
     )
 

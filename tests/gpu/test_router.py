@@ -113,7 +113,7 @@ def test_layer_trains_as_without_kernels(
         results.append((y, gradient, routing))
         monkeypatch.setattr("expertmesh.routing.topk.serves", lambda x_TD, weight_ED: False)
         monkeypatch.setattr("expertmesh.routing.losses.counts", lambda score_TE: False)
-    for field in ("chosen_TK", "expert_TK", "load_E", "dropped_TK"):
+    for field in ("chosen_TK", "expert_TK", "load_E", "num_dropped"):
         assert torch.equal(getattr(results[0][2], field), getattr(results[1][2], field)), field
     assert_close("y", results[0][0], results[1][0], 1e-3)
     assert_close("gradient", results[0][1], results[1][1], 1e-3)

@@ -230,7 +230,7 @@ def test_a_router_is_the_same_by_kernels(
     monkeypatch.setattr(topk, "serves", lambda x_TD, weight_ED: True)
     monkeypatch.setattr("expertmesh.routing.losses.counts", lambda score_TE: True)
     actual, by_kernels = run()
-    for field in ("chosen_TK", "expert_TK", "load_E", "dropped_TK"):
+    for field in ("chosen_TK", "expert_TK", "load_E", "num_dropped"):
         assert torch.equal(getattr(actual, field), getattr(expected, field)), field
     assert_close("weights", actual.weight_TK, expected.weight_TK, 1e-6)
     assert_close("logits", actual.logits_TE, expected.logits_TE, 1e-6)
@@ -240,12 +240,15 @@ def test_a_router_is_the_same_by_kernels(
         assert_close("gradient", got, want, tol)
 
 
+@pytest.mark.parametrize("capacity", [Capacity(factor=1.0), None])
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "k", "length"),
     [(1, 4, 2, None), (40, 16, 8, 20), (7, 6, 1, None), (330, 40, 3, 33)],
 )
-def test_counters_by_kernels(tokens: int, num_experts: int, k: int, length: int | None) -> None:
-    router = TopKRouter(8, num_experts, k, seed=0, capacity=Capacity(factor=1.0))
+def test_counters_by_kernels(
+    tokens: int, num_experts: int, k: int, length: int | None, capacity: Capacity | None
+) -> None:
+    router = TopKRouter(8, num_experts, k, seed=0, capacity=capacity)
     one_by_one = RoutingMeter(num_experts)
     counters = one_by_one._zeros(torch.device("cpu"))
     names = ("load", "choices", "dropped", "tokens", "entropy", "max_logit")

@@ -35,7 +35,6 @@ class Crowd(Router):
             weight_TK=torch.ones_like(expert_TK, dtype=x_TD.dtype),
             chosen_TK=expert_TK,
             load_E=expert_TK.flatten().bincount(minlength=self.num_experts),
-            dropped_TK=torch.zeros_like(expert_TK, dtype=torch.bool),
         )
 
     def reset_parameters(self, seed):

@@ -91,10 +91,13 @@ def check(routing, mask_T, num_tokens):
     assert routing.weight_TK.isfinite().all()
     assert (routing.weight_TK[~served_TK] == 0).all()
     assert torch.equal(routing.expert_TK[served_TK], routing.chosen_TK[served_TK])
-    asked_TK = torch.where(routing.dropped_TK, routing.chosen_TK, routing.expert_TK)
+    dropped_TK = routing.dropped_TK
+    if dropped_TK is None:
+        dropped_TK = torch.zeros_like(served_TK)
+    asked_TK = torch.where(dropped_TK, routing.chosen_TK, routing.expert_TK)
     load_E = asked_TK.flatten().bincount(minlength=NUM_EXPERTS + 1)[:NUM_EXPERTS]
     assert torch.equal(routing.load_E, load_E)
-    assert not (served_TK & routing.dropped_TK).any()
+    assert not (served_TK & dropped_TK).any()
     token_N = torch.arange(num_tokens) if routing.token_N is None else routing.token_N
     pairs = [
         (int(token), int(expert))

@@ -39,11 +39,11 @@ def rows(routing, num_tokens):
 
 
 def same(first, second):
-    names = ("expert_TK", "chosen_TK", "weight_TK", "load_E", "dropped_TK")
-    tokens_agree = (first.token_N is None) == (second.token_N is None)
-    if tokens_agree and first.token_N is not None:
-        tokens_agree = torch.equal(first.token_N, second.token_N)
-    return tokens_agree and all(torch.equal(getattr(first, n), getattr(second, n)) for n in names)
+    names = ("expert_TK", "chosen_TK", "weight_TK", "load_E", "dropped_TK", "token_N")
+    pairs = [(getattr(first, name), getattr(second, name)) for name in names]
+    return all(
+        one is two if one is None or two is None else torch.equal(one, two) for one, two in pairs
+    )
 
 
 @families

@@ -153,16 +153,18 @@ def _statistics(
     choice = t.to(tl.int64)[:, None] * K + k[None, :]
     wanted = (t < T)[:, None] & (k < K)[None, :]
     own = tl.load(chosen + choice, mask=wanted, other=E)
-    lost = tl.load(dropped + choice, mask=wanted, other=0)
     inside = (t < T)[:, None] & (e < E)[None, :]
     cell = t.to(tl.int64)[:, None] * E + e[None, :]
     value = tl.load(logits + cell, mask=inside, other=0.0)
     bin_T = (t % length).to(tl.int64) * BINS // length
     here = bin_T[:, None] == tl.arange(0, BINS)[None, :]
     made_T1 = tl.sum((own < E).to(tl.int32), axis=1)[:, None]
-    lost_T1 = tl.sum((lost != 0).to(tl.int32), axis=1)[:, None]
     made = tl.sum(tl.where(here, made_T1, 0), axis=0)
-    lost = tl.sum(tl.where(here, lost_T1, 0), axis=0)
+    lost = tl.zeros((BINS,), tl.int32)
+    if dropped is not None:
+        lost_TK = tl.load(dropped + choice, mask=wanted, other=0) != 0
+        lost_T1 = tl.sum(lost_TK.to(tl.int32), axis=1)[:, None]
+        lost = tl.sum(tl.where(here, lost_T1, 0), axis=0)
 
     peak = tl.max(tl.max(tl.abs(value), axis=1), axis=0)
     shifted = value - tl.max(tl.where(inside, value, float("-inf")), axis=1)[:, None]
@@ -177,7 +179,7 @@ def _statistics(
 def count(
     logits_TE: Tensor,
     chosen_TK: Tensor,
-    dropped_TK: Tensor,
+    dropped_TK: Tensor | None,
     load_E: Tensor,
     counters: list[Tensor],
     length: int,

@@ -24,7 +24,7 @@ _SCHEMAS = {
     "router_balance": "(Tensor score, Tensor chosen, int size) -> (Tensor, Tensor)",
     "router_balance_backward": "(Tensor score, Tensor fraction, Tensor dproduct, int size)"
     " -> Tensor",
-    "router_count": "(Tensor logits, Tensor chosen, Tensor dropped, Tensor load,"
+    "router_count": "(Tensor logits, Tensor chosen, Tensor? dropped, Tensor load,"
     " Tensor(a!)[] counters, int length) -> ()",
     "router_logits": "(Tensor x, Tensor weight) -> Tensor",
     "router_logits_again": "(Tensor x, Tensor weight) -> Tensor",
@@ -250,7 +250,7 @@ def _gates_backward(
 def _count_nothing(
     logits_TE: Tensor,
     chosen_TK: Tensor,
-    dropped_TK: Tensor,
+    dropped_TK: Tensor | None,
     load_E: Tensor,
     counters: list[Tensor],
     length: int,
@@ -262,7 +262,7 @@ def _count_nothing(
 def _count(
     logits_TE: Tensor,
     chosen_TK: Tensor,
-    dropped_TK: Tensor,
+    dropped_TK: Tensor | None,
     load_E: Tensor,
     counters: list[Tensor],
     length: int,
@@ -272,7 +272,7 @@ def _count(
     count(
         logits_TE.contiguous(),
         chosen_TK.contiguous(),
-        dropped_TK.contiguous(),
+        None if dropped_TK is None else dropped_TK.contiguous(),
         load_E.contiguous(),
         counters,
         length,

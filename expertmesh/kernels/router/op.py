@@ -76,7 +76,7 @@ def router_gates(
 def router_count(
     logits_TE: Tensor,
     chosen_TK: Tensor,
-    dropped_TK: Tensor,
+    dropped_TK: Tensor | None,
     load_E: Tensor,
     counters: list[Tensor],
     length: int,
@@ -86,7 +86,7 @@ def router_count(
     Args:
         logits_TE: Router logits.
         chosen_TK: int64, E where nothing was chosen.
-        dropped_TK: bool.
+        dropped_TK: bool; None where nothing was dropped.
         load_E: int64.
         counters: Changed in place. int64: load ``(E,)``, choices and dropped by position
             ``(16,)``, tokens ``()``; float32: entropy and largest absolute logit, ``()``.

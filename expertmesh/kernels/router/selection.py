@@ -9,7 +9,7 @@ from torch import Tensor
 from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.router.cells import counts, cut, gate_of, options, scores, total_of, wait
 
-_LEAST = tl.constexpr(-(2**63))
+_TAKEN = tl.constexpr(-(2**31))  # below every score, and below those of negative sign
 
 
 @triton.jit
@@ -40,24 +40,25 @@ def _select_kernel(
     cell = t[:, None] * E + e[None, :]
     wait(PDL)
     value = scores(tl.load(logits + cell, mask=inside, other=0.0), (e < E)[None, :], SIGMOID)
-    # A float32 and the reversed index in one integer that sorts as the pair does.
-    bits = _ordered(value.to(tl.int32, bitcast=True))
-    key = (bits.to(tl.int64) << 32) | (BLOCK_E - 1 - e)[None, :].to(tl.int64)
-    key = tl.where((e < E)[None, :], key, _LEAST)
-    best = tl.zeros((BLOCK_T, BLOCK_K), tl.int64)
+    # Integers that sort as the scores do, of 32 bits: a warp has one instruction for their maximum.
+    rest = tl.where((e < E)[None, :], _ordered(value.to(tl.int32, bitcast=True)), _TAKEN)
+    best = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    place = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     for i in tl.static_range(K):
-        top = tl.max(key, axis=1)
-        key = tl.where(key == top[:, None], _LEAST, key)
+        top = tl.max(rest, axis=1)
+        first = tl.min(tl.where(rest == top[:, None], e[None, :], BLOCK_E), axis=1)
+        rest = tl.where(e[None, :] == first[:, None], _TAKEN, rest)
         best = tl.where((k == i)[None, :], top[:, None], best)
+        place = tl.where((k == i)[None, :], first[:, None], place)
     choice = t[:, None] * K + k[None, :]
     wanted = (t < T)[:, None] & (k < K)[None, :]
-    tl.store(chosen + choice, BLOCK_E - 1 - (best & 0xFFFFFFFF), mask=wanted)
+    tl.store(chosen + choice, place.to(tl.int64), mask=wanted)
     if GATES:
         tl.store(score + cell, value, mask=inside)
-        part = _ordered((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+        part = _ordered(best).to(tl.float32, bitcast=True)
         part = tl.where(wanted, part, 0.0)
         tl.store(gate + choice, gate_of(part, scale, RENORMALIZE), mask=wanted)
-        hits = tl.sum((inside & (key == _LEAST)).to(tl.int32), axis=0)
+        hits = tl.sum((inside & (rest == _TAKEN)).to(tl.int32), axis=0)
         tl.store(count + block * E + e, hits.to(tl.int64), mask=e < E)
 
 
