@@ -15,12 +15,14 @@ def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def norms(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each gradient, added up in float32 or wider: scalars, all of the widest type."""
+def norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of each of n gradients, added up in float32 or wider: ``(n,)``, the widest type."""
     wide = torch.float32
     if any(gradient.dtype == torch.float64 for gradient in gradients):
         wide = torch.float64
-    return [torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]
+    if not gradients:
+        return torch.zeros(0)
+    return torch.stack([torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients])
 
 
 @torch.no_grad()

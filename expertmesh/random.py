@@ -205,5 +205,7 @@ class RandomKey:
     @staticmethod
     def of(seed: int, step: int, token_index: Tensor) -> "RandomKey":
         """The key of one step; a tensor, so that compiled code serves every step."""
-        value = torch.tensor(fold(seed, "step", step), device=token_index.device)
+        folded = fold(seed, "step", step)
+        # Filled in, not copied: a copy from the host waits for all that the device has to do.
+        value = torch.full((), folded, dtype=torch.int64, device=token_index.device)
         return RandomKey(value, token_index)

@@ -51,7 +51,9 @@ def step(world: World, config: DecoderConfig, work: Work) -> Step:
     job, dims = _job(work), _dims(world)
     model = _model(world, config, job, dims)
     optimizers = _of("components.optimizer").build_optimizers([model], job.optimizer, dims)
-    clip_grad_norm_ = _of("distributed.utils").clip_grad_norm_
+    utils = _of("distributed.utils")
+    # FSDP2 lowers the precision itself; a process alone has none, and its trainer uses autocast.
+    precision = utils.maybe_enable_amp(dims, job.training.mixed_precision_param, world.device.type)
     pieces = work.tokens(config.vocab_size, world.rank, world.device)
     num_tokens = work.num_tokens * world.size
 
@@ -59,13 +61,16 @@ def step(world: World, config: DecoderConfig, work: Work) -> Step:
         optimizers.zero_grad()
         losses = []
         for tokens_BS in pieces:
-            logits_TV = model(tokens_BS).flatten(0, 1).float()
             targets_T = tokens_BS.roll(-1, 1).flatten()
-            loss = functional.cross_entropy(logits_TV, targets_T, reduction="sum") / num_tokens
+            with precision:
+                logits_TV = model(tokens_BS).flatten(0, 1).float()
+                loss = functional.cross_entropy(logits_TV, targets_T, reduction="sum") / num_tokens
             del logits_TV
             loss.backward()
             losses.append(loss.detach())
-        clip_grad_norm_(list(model.parameters()), 1.0, foreach=True, ep_enabled=dims.ep_enabled)
+        utils.clip_grad_norm_(
+            list(model.parameters()), 1.0, foreach=True, ep_enabled=dims.ep_enabled
+        )
         optimizers.step()
         return float(torch.stack(losses).sum())
 

@@ -37,11 +37,16 @@ def triton_refusal(device: torch.device) -> str | None:
 
     On a CPU they run under Triton's interpreter alone, which is for tests.
     """
-    if TRITON_VERSION is None:
+    asked = (device, TRITON_VERSION, torch.version.hip)
+    return known_refusal(*asked) if _remembered(device) else _refusal(*asked)
+
+
+def _refusal(device: torch.device, version: str | None, hip: str | None) -> str | None:
+    if version is None:
         return "triton is not installed; run: pip install 'expertmesh[gpu]'"
-    if TRITON_VERSION and _numbers(TRITON_VERSION) < _OLDEST:
+    if version and tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         return (
-            f"its kernels need Triton {_OLDEST[0]}.{_OLDEST[1]}, installed is {TRITON_VERSION}; "
+            f"its kernels need Triton {_OLDEST[0]}.{_OLDEST[1]}, installed is {version}; "
             "run: pip install 'expertmesh[gpu]'"
         )
     if device.type == "cpu":
@@ -49,21 +54,34 @@ def triton_refusal(device: torch.device) -> str | None:
         return None if interpreted else "Triton has no kernels for the CPU"
     if device.type != "cuda":
         return f"Triton has no kernels for {device.type}"
-    if torch.version.hip is not None:
+    if hip is not None:
         return "its kernels are for NVIDIA's GPUs, this torch is built for AMD's"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if major < 8:
         return f"its kernels need compute capability 8.0, this device has {major}.{minor}"
     return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU."""
+    return known_capability(device) if _remembered(device) else _capability(device)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+known_refusal, known_capability = functools.cache(_refusal), functools.cache(_capability)
+"""What is asked before every launch on a GPU."""
+
+
+def _remembered(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.compiler.is_compiling()
 
 
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before it ends (compute capability 9.0)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and capability(device) >= (9, 0)
 
 
 def on_its_device(
@@ -77,6 +95,8 @@ def on_its_device(
 
     @functools.wraps(run)
     def there(first: Tensor, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return run(first, *rest, **options)
         with torch.cuda.device_of(first):
             return run(first, *rest, **options)
 

@@ -37,15 +37,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, mesh: Mesh) -> Tensor:
 def grad_norm(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
     """The global norm of the gradients; all ranks of the mesh must ask together."""
     group = mesh.everyone
-    held = [param for param in parameters if param.grad is not None]
-    shares = [
-        norm.square() / copies(param, mesh.grid.stage_size)
-        for param, norm in zip(held, norms(gradients_of(held)), strict=True)
-    ]
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     square = torch.zeros((), dtype=dtype, device=group.device)
-    for share in shares:
-        square += share
+    alike: dict[int, list[nn.Parameter]] = {}
+    for param in parameters:
+        if param.grad is not None:
+            alike.setdefault(copies(param, mesh.grid.stage_size), []).append(param)
+    for number, params in sorted(alike.items()):
+        square += norms(gradients_of(params)).square().sum() / number
     if group.process_group is not None:
         dist.all_reduce(square, group=group.process_group)
     return square.sqrt()

@@ -60,13 +60,11 @@ class DeviceBalanceLoss(BalanceLoss):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         _check_groups(self.name, self.num_groups, evidence.num_experts)
-        hits_TE = evidence.spread(torch.ones_like(evidence.gate_TK), evidence.chosen_TK)
-        tokens_G1 = evidence.num_tokens(self.scope).clamp_min(1)[:, None]
-        share_GE = evidence.total(hits_TE, self.scope) / tokens_G1
+        share_GE, p_GE = evidence.load_and_probability(evidence.chosen_TK, self.scope)
         share_GE = share_GE * (evidence.num_experts / evidence.k)
         share_GD = share_GE.unflatten(1, (self.num_groups, -1)).mean(dim=2)
-        p_GD = _group_probability(evidence, self.num_groups, self.scope)
-        return self.coef * evidence.mean((share_GD.detach() * p_GD).sum(dim=1), self.scope)
+        p_GD = p_GE.unflatten(1, (self.num_groups, -1)).sum(dim=2)
+        return self.coef * evidence.mean((share_GD * p_GD).sum(dim=1), self.scope)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,14 @@ form is meant.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError
-from expertmesh.kernels.router import counts, router_balance, router_z
+from expertmesh.kernels.router import counts, router_balance, router_sums, router_z
 from expertmesh.random import RandomKey
 from expertmesh.routing.checks import check_option
 from expertmesh.routing.noise import NoisyLogits
@@ -50,6 +50,7 @@ class Evidence:
     key: RandomKey | None
     norm_T: Tensor | None = None
     softmax: bool = False
+    _num_tokens: dict[Scope, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def num_experts(self) -> int:
@@ -102,6 +103,8 @@ class Evidence:
         if self.is_whole:
             return value_G.mean() if len(value_G) > 1 else value_G.reshape(())
         occupied_G = self.num_tokens(scope) > 0
+        if scope == "micro_batch":
+            return torch.where(occupied_G, value_G, 0).reshape(())
         kept = torch.where(occupied_G, value_G, torch.zeros_like(value_G)).sum()
         number = occupied_G.sum().to(kept.dtype)
         if scope == "sequence":
@@ -111,8 +114,28 @@ class Evidence:
         return kept / number.clamp_min(1)
 
     def num_tokens(self, scope: Scope) -> Tensor:
-        """Valid tokens of each group, ``(groups,)``, in the scores' dtype."""
-        return self.total(torch.ones_like(self.score_TE[:, 0]), scope)
+        """Valid tokens of each group, ``(groups,)``, in the scores' dtype; asked for once."""
+        if scope not in self._num_tokens:
+            self._num_tokens[scope] = self.total(torch.ones_like(self.score_TE[:, 0]), scope)
+        return self._num_tokens[scope]
+
+    def load_and_probability(self, chosen_TK: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
+        """Means over the tokens of each group, ``(groups, E)``: choices of e, probability of e.
+
+        One exchange between ranks, which brings the number of tokens too.
+        """
+        num_experts = self.num_experts
+        split = not isinstance(self.population, Alone) and self.padding_mask is None
+        if split and scope == "micro_batch" and counts(self.score_TE):
+            sum_1X = router_sums(self.score_TE, chosen_TK, softmax=self.softmax).unsqueeze(0)
+            sum_GX = self.population.total(sum_1X)
+        else:
+            hits_TE = self.spread(torch.ones_like(chosen_TK, dtype=self.score_TE.dtype), chosen_TK)
+            ones_T1 = torch.ones_like(self.score_TE[:, :1])
+            sum_GX = self.total(torch.cat([hits_TE, self.probability_TE(), ones_T1], 1), scope)
+        self._num_tokens[scope] = sum_GX[:, -1].detach()
+        mean_GX = sum_GX / sum_GX[:, -1:].detach().clamp_min(1)
+        return mean_GX[:, :num_experts].detach(), mean_GX[:, num_experts:-1]
 
 
 class BalanceLoss(ABC):
@@ -156,12 +179,8 @@ def _product(evidence: Evidence, chosen_TK: Tensor, scope: Scope) -> Tensor:
     if evidence.is_whole and scope in ("micro_batch", "sequence") and counts(evidence.score_TE):
         size = scope_size(scope, len(chosen_TK), evidence.sequence_length)
         return router_balance(evidence.score_TE, chosen_TK, size, softmax=evidence.softmax)
-    ones_TK = torch.ones_like(chosen_TK, dtype=evidence.score_TE.dtype)
-    hits_TE = evidence.spread(ones_TK, chosen_TK)
-    tokens_G1 = evidence.num_tokens(scope).clamp_min(1)[:, None]
-    fraction_GE = evidence.total(hits_TE, scope) / tokens_G1
-    mean_GE = evidence.total(evidence.probability_TE(), scope) / tokens_G1
-    return (fraction_GE.detach() * mean_GE).sum(dim=1)
+    fraction_GE, mean_GE = evidence.load_and_probability(chosen_TK, scope)
+    return (fraction_GE * mean_GE).sum(dim=1)
 
 
 def _switch(evidence: Evidence) -> tuple[float, Tensor]:
@@ -233,7 +252,7 @@ class LoadBalancingLoss(BalanceLoss):
     def __call__(self, evidence: Evidence) -> Tensor:
         factor, chosen_TK = FORMS[self.form](evidence)
         value_G = _product(evidence, chosen_TK, self.scope)
-        return self.coef * factor * evidence.mean(value_G, self.scope)
+        return (self.coef * factor) * evidence.mean(value_G, self.scope)
 
 
 Variance = Literal["population", "unbiased"]
@@ -383,5 +402,7 @@ class ZLoss(BalanceLoss):
         square_T = (logits_TE.logsumexp(dim=1) if norm_T is None else norm_T) ** 2
         if evidence.is_whole:
             return self.coef * square_T.mean()
-        total = evidence.total(square_T, "micro_batch").sum()
-        return self.coef * total / evidence.num_tokens("micro_batch").sum().clamp_min(1)
+        mean_G = evidence.total(square_T, "micro_batch") / evidence.num_tokens(
+            "micro_batch"
+        ).clamp_min(1)
+        return self.coef * mean_G.reshape(())

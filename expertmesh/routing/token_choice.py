@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
+from expertmesh.kernels.dtypes import without_autocast
 from expertmesh.kernels.router import router_choose, router_gates, router_select
 from expertmesh.random import RandomKey
 from expertmesh.routing.bias import SelectionBias
@@ -145,7 +146,7 @@ class TokenChoice(Router):
             routing = recorded(routing, self.num_experts)
         x_TD = without_padding(x_TD, padding_mask)
         draw = Draw(key, self.layer, len(x_TD), x_TD.device, self.training)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             logits = self._logits(x_TD, draw)
             score = self._score_fused if self._fused(x_TD) else self._score
             chosen_TK, score_TE, gate_TK, load_E, norm_T = score(

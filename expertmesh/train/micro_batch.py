@@ -119,13 +119,20 @@ def _part_of_rank(
 def _on_device(rows: Batch, index_BS: Tensor, share: float, device: torch.device) -> MicroBatch:
     mask = rows.padding_mask_BS
     # Attention needs no stored mask where nothing is padding, so such a mask is not given.
-    padding = None if mask is None or not bool(mask.any()) else mask.to(device)
+    padding = None if mask is None or not bool(mask.any()) else _sent(mask, device)
     return MicroBatch(
-        tokens_BS=rows.tokens_BS.to(device),
-        targets_BS=rows.targets_BS.to(device),
+        tokens_BS=_sent(rows.tokens_BS, device),
+        targets_BS=_sent(rows.targets_BS, device),
         padding_mask_BS=padding,
-        token_index_BS=index_BS.to(device),
+        token_index_BS=_sent(index_BS, device),
         share=share,
         # Asked on the host, where it costs no synchronisation.
         padded_at_end=mask is not None and bool((mask[:, 1:] >= mask[:, :-1]).all()),
     )
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait until the device has come so far."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

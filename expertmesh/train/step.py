@@ -70,15 +70,17 @@ class Stepper:
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.accumulate(step, batch)
+        total = self._backward(step, batch)
+        self._unscale()
+        # One wait for the device brings both.
+        loss, norm = torch.stack([total.double(), self._norm().double()]).tolist()
         if not math.isfinite(loss):
             raise UserError(_not_finite("loss", loss, step))
-        self._unscale()
-        norm = self._clip()
         skipped = not math.isfinite(norm)
         if skipped and not self.loss_scale.enabled:
             raise UserError(_not_finite("norm of the gradient", norm, step))
         if not skipped:
+            scale_(self._gradients(), clip_factor(norm, self.clip or math.inf))
             self.optimizer.step()
         self.loss_scale.update(overflowed=skipped)
         if self.loss_scale.scale < _SMALLEST_SCALE:
@@ -91,30 +93,27 @@ class Stepper:
 
     def accumulate(self, step: int, batch: Batch) -> float:
         """Add the gradient of the whole step's loss, times the loss scale; returns the loss."""
+        return float(self._backward(step, batch))
+
+    def _backward(self, step: int, batch: Batch) -> Tensor:
         if batch.num_targets == 0:
             kind = "is empty" if batch.targets_BS.numel() == 0 else "is all padding"
             raise UserError(
                 f"the batch of step {step} {kind}: it has no token to predict; "
                 "check the data, and data.seq_len against its documents"
             )
-        return float(
-            self.passes.backward(batch, seed=self.seed, step=step, scale=self.loss_scale.scale)
-        )
+        return self.passes.backward(batch, seed=self.seed, step=step, scale=self.loss_scale.scale)
 
     def _unscale(self) -> None:
         # A power of two: nothing is rounded.
         scale_(self._gradients(), 1 / self.loss_scale.scale)
 
-    def _clip(self) -> float:
-        if self.passes.mesh is not None:
-            from expertmesh.parallel.clip import clip_grad_norm_
+    def _norm(self) -> Tensor:
+        if self.passes.mesh is None:
+            return torch.linalg.vector_norm(norms(self._gradients()))
+        from expertmesh.parallel.clip import grad_norm
 
-            return float(clip_grad_norm_(self.model, self.clip or math.inf, self.passes.mesh))
-        gradients = self._gradients()
-        norm = float(torch.linalg.vector_norm(torch.stack(norms(gradients))))
-        if self.clip > 0:
-            scale_(gradients, clip_factor(norm, self.clip))
-        return norm
+        return grad_norm(list(self.model.parameters()), self.passes.mesh)
 
     def _gradients(self) -> list[Tensor]:
         return gradients_of(list(self.model.parameters()))

@@ -1,5 +1,6 @@
 """What is chosen, what is refused, and what is said about it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ def test_auto_on_cpu_is_the_loop() -> None:
             assert choose(MLP_BACKENDS, problem).name == "loop"
 
 
-def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch, forget_gpus: Callable[[], None]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = replace(CPU, device=torch.device("cuda"), dtype=torch.bfloat16)
     assert choose(MLP_BACKENDS, cuda).name == "triton"
@@ -39,8 +40,10 @@ def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(MLP_BACKENDS, recorded).name == "gather"
     assert choose(MLP_BACKENDS, replace(cuda, capturing=True)).name == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    forget_gpus()
     assert choose(MLP_BACKENDS, cuda).name == "grouped_mm"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    forget_gpus()
     assert choose(MLP_BACKENDS, cuda).name == "loop"
 
 

@@ -1,6 +1,7 @@
 """Plans of shapes, shipped and by rule."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,7 +112,9 @@ def refusal_of(**changes: Any) -> str | None:
     return plan.turns_refusal(torch.device("cuda", 0), **given)
 
 
-def test_turns_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_say_why_not(
+    monkeypatch: pytest.MonkeyPatch, forget_gpus: Callable[[], None]
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(plan, "TRITON_VERSION", "3.6.1")
     assert refusal_of() is None
@@ -127,6 +130,7 @@ def test_turns_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan, "TRITON_VERSION", version)
         assert "written in Gluon" in str(refusal_of())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    forget_gpus()
     assert "this device has 10.0" in str(refusal_of())
 
 

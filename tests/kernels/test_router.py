@@ -11,6 +11,7 @@ from expertmesh.kernels.router import (
     router_gates,
     router_logits,
     router_select,
+    router_sums,
     router_z,
     serves,
 )
@@ -24,11 +25,14 @@ from expertmesh.random import RandomKey
 from expertmesh.routing import (
     ROUTER_PRESETS,
     Capacity,
+    LoadBalancingLoss,
     Routing,
     TopKRouter,
+    ZLoss,
     router_preset,
     topk,
 )
+from expertmesh.routing.population import Arrangement, Population
 from expertmesh.testing import assert_close
 
 SHAPES = [(1, 8, 4, 1), (5, 24, 6, 2), (70, 40, 9, 9), (150, 40, 16, 8)]
@@ -187,6 +191,7 @@ def test_operations_describe_themselves() -> None:
         (ops.router_choose, (logits, 2, True)),
         (ops.router_select, (logits, 2, False, True, 1.0)),
         (ops.router_gates, (logits, chosen, False, True, 1.0)),
+        (ops.router_sums, (score, chosen)),
         (ops.router_logits_again, (x, weight)),
         (ops.router_logits_again, (x, weight.bfloat16())),
         (ops.router_logits_again, (x[:3], weight)),
@@ -285,6 +290,62 @@ def test_load_times_probability(tokens: int, num_experts: int, k: int, size: int
     (dscore,) = torch.autograd.grad(got, score, grad)
     (exact,) = torch.autograd.grad(expected, wide, grad.double())
     assert_close("dscore", dscore, exact.float(), 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "k"), [(1, 4, 2), (300, 5, 3), (1025, 2, 1)])
+def test_sums_of_load_and_probability(tokens: int, num_experts: int, k: int) -> None:
+    score = normal(tokens, num_experts, seed=8).exp().requires_grad_()
+    chosen = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)])
+    chosen[::4, -1] = num_experts
+    wide = score.detach().double().requires_grad_()
+    share = torch.nn.functional.one_hot(chosen, num_experts + 1)[..., :num_experts].sum((0, 1))
+    total = (wide / wide.sum(1, keepdim=True)).sum(0)
+    got = router_sums(score, chosen)
+    assert torch.equal(got[:num_experts].long(), share)
+    assert_close("probability", got[num_experts:-1], total.float(), 1e-6)
+    assert got[-1] == tokens
+    grad = normal(2 * num_experts + 1, seed=9)
+    (dscore,) = torch.autograd.grad(got, score, grad)
+    (exact,) = torch.autograd.grad(total, wide, grad[num_experts:-1].double())
+    assert_close("dscore", dscore, exact.float(), 1e-5)
+
+
+class Twins(Population):
+    """Two ranks with the same tokens."""
+
+    num_ranks, ranks_per_sequence, sequence_part = 2, 1, (0, 1)
+
+    def total(self, value: Tensor, *, copies: int = 1) -> Tensor:
+        return value + value.detach() * (2 * copies - 1)
+
+    def sequence_total(self, value_BX: Tensor) -> Tensor:
+        return value_BX
+
+    def arrange(self, *args: object) -> Arrangement:
+        raise AssertionError("nothing here asks for an order")
+
+    def for_training(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_of_several_ranks_by_kernels(monkeypatch: pytest.MonkeyPatch, score: str) -> None:
+    losses = [LoadBalancingLoss(coef=0.3, form="megablocks"), ZLoss(coef=0.1)]
+    router = TopKRouter(8, 6, 2, score=score, init_std=1.0, seed=0, losses=losses)
+    router.population = Twins()
+    x = normal(40, 8, seed=1)
+
+    def run() -> tuple[dict[str, Tensor], Tensor]:
+        found = router(x, sequence_length=10).losses
+        return found, torch.autograd.grad(sum(found.values()), router.weight_ED)[0]
+
+    (expected, exact), asked = run(), []
+    monkeypatch.setattr("expertmesh.routing.losses.counts", lambda table: not asked.append(table))
+    actual, gradient = run()
+    assert asked
+    for name in expected:
+        assert_close(name, actual[name], expected[name], 1e-5)
+    assert_close("gradient", gradient, exact, 1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(1, 1), (40, 40), (40, 20)])

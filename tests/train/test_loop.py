@@ -12,6 +12,7 @@ from expertmesh.errors import UserError
 from expertmesh.testing import run_on_ranks
 from expertmesh.train.config import RunFile
 from expertmesh.train.loop import Trainer
+from expertmesh.train.passes import OneByOne
 from expertmesh.train.run_file import load_run_file, parse_run
 from expertmesh.train.step import Stepper
 from tests.train.tiny import Silent, make_run, tables
@@ -177,11 +178,11 @@ def test_a_loss_that_is_not_finite_saves_nothing(
 ) -> None:
     run = make_run(tmp_path, "--train.save_every=2")
 
-    def poisoned(self: Stepper, step: int, batch: Any) -> float:
-        return float("nan") if step == 4 else original(self, step, batch)
+    def poisoned(self: OneByOne, batch: Any, *, step: int, **others: Any) -> torch.Tensor:
+        return original(self, batch, step=step, **others) * (float("nan") if step == 4 else 1)
 
-    original = Stepper.accumulate
-    monkeypatch.setattr(Stepper, "accumulate", poisoned)
+    original = OneByOne.backward
+    monkeypatch.setattr(OneByOne, "backward", poisoned)
     with pytest.raises(UserError, match="the loss is nan at step 4"):
         fit(run)
     folder = Trainer(run).checkpoints

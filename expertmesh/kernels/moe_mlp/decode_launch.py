@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
-UP_VECTORS = Vectors(out=2, inner=2048, warps=4)
+UP_VECTORS = Vectors(out=1, inner=1024, warps=4)
 
 
 def down_vectors(hidden: int) -> Vectors:

@@ -25,6 +25,7 @@ from expertmesh.kernels.moe_mlp.problem import (
     MLPSpec,
     misaligned,
 )
+from expertmesh.kernels.triton_support import capability
 
 
 class GroupedMLP(MLPBackend):
@@ -54,7 +55,7 @@ class GroupedMLP(MLPBackend):
 def _device_refusal(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return None
-    if torch.cuda.get_device_capability(problem.device) < (8, 0):
+    if capability(problem.device) < (8, 0):
         return "grouped_mm needs compute capability 8.0"
     if problem.capturing and problem.dtype != torch.bfloat16:
         return "grouped_mm reads the row counts on the host unless the dtype is bfloat16"

@@ -22,7 +22,7 @@ from expertmesh.kernels.moe_mlp.problem import (
     MLPSpec,
     misaligned,
 )
-from expertmesh.kernels.triton_support import on_its_device, triton_refusal
+from expertmesh.kernels.triton_support import capability, on_its_device, triton_refusal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
@@ -74,7 +74,7 @@ def _device_refusal(problem: Problem) -> str | None:
     refusal = triton_refusal(problem.device)
     if refusal is not None or problem.device.type == "cpu":
         return refusal
-    major, minor = torch.cuda.get_device_capability(problem.device)
+    major, minor = capability(problem.device)
     if major != 9:
         return f"its kernels are for compute capability 9, this device has {major}.{minor}"
     return None

@@ -7,6 +7,7 @@ from expertmesh.kernels.router.op import (
     router_gates,
     router_logits,
     router_select,
+    router_sums,
     router_z,
 )
 from expertmesh.kernels.router.support import counts, logits_refusal, serves, statistics_refusal
@@ -20,6 +21,7 @@ __all__ = [
     "router_gates",
     "router_logits",
     "router_select",
+    "router_sums",
     "router_z",
     "serves",
     "statistics_refusal",

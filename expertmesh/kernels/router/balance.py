@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of kernels: only its own may stand there.
-"""Load times mean probability, which balance losses are made of, in two launches and one back."""
+"""Load and summed probability, which balance losses are made of, in two launches and one back."""
 
 import torch
 import triton
@@ -67,6 +67,41 @@ def _product_kernel(
 ):
     group = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
+    count, total = _add_parts(count_GPE, total_GPE, group, num_parts, E, BLOCK_P, BLOCK_E)
+    fraction = count.to(tl.float32) / size
+    tl.store(fraction_GE + group * E + e, fraction, mask=e < E)
+    tl.store(product_G + group, tl.sum(fraction * total, axis=0) / size)
+
+
+@triton.jit
+def _total_kernel(
+    count_PE,
+    total_PE,
+    out,
+    num_parts,
+    T,
+    E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    count, total = _add_parts(count_PE, total_PE, 0, num_parts, E, BLOCK_P, BLOCK_E)
+    tl.store(out + e, count.to(tl.float32), mask=e < E)
+    tl.store(out + E + e, total, mask=e < E)
+    tl.store(out + 2 * E, T.to(tl.float32))
+
+
+@triton.jit
+def _add_parts(
+    count_GPE,
+    total_GPE,
+    group,
+    num_parts,
+    E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
     count = tl.zeros((BLOCK_E,), tl.int32)
     total = tl.zeros((BLOCK_E,), tl.float32)
     for begin in range(0, num_parts, BLOCK_P):
@@ -75,9 +110,7 @@ def _product_kernel(
         inside = (part < num_parts)[:, None] & (e < E)[None, :]
         count += tl.sum(tl.load(count_GPE + cell, mask=inside, other=0), axis=0)
         total += tl.sum(tl.load(total_GPE + cell, mask=inside, other=0.0), axis=0)
-    fraction = count.to(tl.float32) / size
-    tl.store(fraction_GE + group * E + e, fraction, mask=e < E)
-    tl.store(product_G + group, tl.sum(fraction * total, axis=0) / size)
+    return count, total
 
 
 @triton.jit
@@ -108,6 +141,28 @@ def _backward_kernel(
 
 def balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Each group's product ``(G,)`` and the experts' share of choices ``(G, E)``."""
+    count_GPE, total_GPE = _parts(score_TE, chosen_TK, size)
+    groups, num_parts, E = count_GPE.shape
+    product_G, fraction_GE = score_TE.new_empty(groups), score_TE.new_empty(groups, E)
+    _product_kernel[(groups,)](
+        count_GPE, total_GPE, fraction_GE, product_G, num_parts, size, E, *_adding(E), num_warps=8
+    )
+    return product_G, fraction_GE
+
+
+def sums(score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
+    """Choices and summed probability of each expert, and the number of tokens: ``(2 E + 1,)``."""
+    T, E = score_TE.shape
+    count_GPE, total_GPE = _parts(score_TE, chosen_TK, T)
+    out_X = score_TE.new_empty(2 * E + 1)
+    _total_kernel[(1,)](
+        count_GPE, total_GPE, out_X, count_GPE.shape[1], T, E, *_adding(E), num_warps=8
+    )
+    return out_X
+
+
+def _parts(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """What each program found of its group's tokens, ``(groups, programs, E)``."""
     (T, E), K = score_TE.shape, chosen_TK.shape[1]
     groups, width = T // size, max(2, power_of_2(E))
     rows = max(1, _CELLS // width)
@@ -119,12 +174,13 @@ def balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Ten
         score_TE, chosen_TK, count_GPE, total_GPE, size, span, chosen_TK.stride(0), E, K,
         rows, width, power_of_2(K), power_of_2(E + 1), num_warps=8,
     )  # fmt: skip
-    product_G, fraction_GE = score_TE.new_empty(groups), score_TE.new_empty(groups, E)
-    _product_kernel[(groups,)](
-        count_GPE, total_GPE, fraction_GE, product_G, num_parts, size, E, min(rows, 64), width,
-        num_warps=8,
-    )  # fmt: skip
-    return product_G, fraction_GE
+    return count_GPE, total_GPE
+
+
+def _adding(num_experts: int) -> tuple[int, int]:
+    """Parts that are added at once, width of a row."""
+    width = max(2, power_of_2(num_experts))
+    return min(max(1, _CELLS // width), 64), width
 
 
 def balance_backward(

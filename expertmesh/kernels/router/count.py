@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
-from expertmesh.kernels.triton_support import has_dependent_launch
+from expertmesh.kernels.router.cells import options, prefetch, wait
 
 _CELLS = 4096  # logits that a program holds
 _FEW_CELLS = 16384  # of them all, up to which one program does everything
@@ -39,8 +38,16 @@ def _one_program_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+        prefetch(logits, 0, BLOCK_T * E, T * E)
+        prefetch(chosen, 0, BLOCK_T * K, T * K)
+        prefetch(load, 0, E, E)
+        prefetch(load_total, 0, E, E)
+        prefetch(choices_total, 0, BINS, BINS)
+        prefetch(dropped_total, 0, BINS, BINS)
+        prefetch(tokens_total, 0, 1, 1)
+        prefetch(entropy_total, 0, 1, 1)
+        prefetch(max_logit, 0, 1, 1)
+    wait(PDL)
     # Everything is fetched before anything is written: one wait for memory, not three.
     e = tl.arange(0, BLOCK_E)
     bins = tl.arange(0, BINS)
@@ -190,11 +197,9 @@ def count(
     bins, width, choices = len(counters[1]), power_of_2(E), power_of_2(K)
     rows = power_of_2(T)
     if rows * width <= _FEW_CELLS:
-        dependent = has_dependent_launch(logits_TE.device)
         _one_program_kernel[(1,)](
-            *given, load_E, *counters, T, length, E, K, bins, rows, width, choices, dependent,
-            num_warps=min(16, max(1, rows * width // 512)),
-            **({"launch_pdl": True} if dependent else {}),
+            *given, load_E, *counters, T, length, E, K, bins, rows, width, choices,
+            **options(logits_TE, min(16, max(1, rows * width // 512))),
         )  # fmt: skip
         return
     rows = max(1, _CELLS // width)

@@ -37,6 +37,7 @@ _SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "router_gates_backward": "(Tensor parts, Tensor narrow, Tensor? dscore, Tensor? dgate,"
     " Tensor? dnorm, bool sigmoid, bool renormalize, float scale) -> Tensor",
+    "router_sums": "(Tensor score, Tensor chosen) -> Tensor",
     "router_z": "(Tensor logits) -> (Tensor, Tensor)",
     "router_z_backward": "(Tensor logits, Tensor norm, Tensor dmean) -> Tensor",
 }
@@ -55,7 +56,7 @@ def _fake(name: str) -> Any:
 
 @_fake("router_logits")
 def _empty_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return x_TD.new_empty(len(x_TD), len(weight_ED), dtype=torch.float32)
+    return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
 
 
 @_implement("router_logits")
@@ -63,20 +64,20 @@ def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     from expertmesh.kernels.router import logits as kernels
 
     x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
-    if len(x_TD) <= _FEW_TOKENS:
+    if x_TD.shape[0] <= _FEW_TOKENS:
         logits_TE = _empty_logits(x_TD, weight_ED)
         kernels.few_logits(x_TD, weight_ED, logits_TE)
         return logits_TE
     if weight_ED.dtype == torch.bfloat16:
         return _product(x_TD, weight_ED.T)
     part_XD = kernels.split(weight_ED, (0, 1, 2), by_row=False)
-    return _product(x_TD, part_XD.T).view(len(x_TD), 3, -1).sum(dim=1)
+    return _product(x_TD, part_XD.T).view(x_TD.shape[0], 3, -1).sum(dim=1)
 
 
 @_fake("router_logits_again")
 def _empty_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Float32 weights make two parts: without the last, 2^-17 of the logits is left out."""
-    T, E = len(x_TD), len(weight_ED)
+    T, E = x_TD.shape[0], weight_ED.shape[0]
     whole = weight_ED.dtype == torch.bfloat16 or T <= _FEW_TOKENS
     return x_TD.new_empty(T, 1 if whole else 2, E, dtype=torch.float32)
 
@@ -86,14 +87,14 @@ def _logits_again(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     from expertmesh.kernels.router import logits as kernels
 
     x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
-    if len(x_TD) <= _FEW_TOKENS:
+    if x_TD.shape[0] <= _FEW_TOKENS:
         parts_TPE = _empty_parts(x_TD, weight_ED)
         kernels.few_logits(x_TD, weight_ED, parts_TPE)
         return parts_TPE
     if weight_ED.dtype == torch.bfloat16:
         return _product(x_TD, weight_ED.T).unsqueeze(1)
     part_XD = kernels.split(weight_ED, (0, 1), by_row=False)
-    return _product(x_TD, part_XD.T).view(len(x_TD), 2, -1)
+    return _product(x_TD, part_XD.T).view(x_TD.shape[0], 2, -1)
 
 
 @_fake("router_logits_backward")
@@ -136,7 +137,7 @@ def _product(a_IJ: Tensor, b_JO: Tensor) -> Tensor:
 
 @_fake("router_choose")
 def _empty_choice(logits_TE: Tensor, k: int, sigmoid: bool) -> Tensor:
-    return logits_TE.new_empty(len(logits_TE), k, dtype=torch.int64)
+    return logits_TE.new_empty(logits_TE.shape[0], k, dtype=torch.int64)
 
 
 @_implement("router_choose")
@@ -165,8 +166,9 @@ def _select(
 
     rule = (sigmoid, renormalize, scale)
     logits_TE = logits_TE.contiguous()
-    if len(logits_TE) <= _FEW_TOKENS:
-        chosen_TK, score_TE, gate_TK, _ = _empty_selection(logits_TE, k, *rule)
+    if logits_TE.shape[0] <= _FEW_TOKENS:
+        chosen_TK, score_TE = _empty_choice(logits_TE, k, sigmoid), torch.empty_like(logits_TE)
+        gate_TK = logits_TE.new_empty(chosen_TK.shape)
         load_E = selection.select(logits_TE, *rule, chosen_TK, score_TE, gate_TK)
         return chosen_TK, score_TE, gate_TK, load_E
     # All at once needs too many registers to be faster than one after the other.
@@ -184,7 +186,7 @@ def _empty_gates(
     score_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     gate_TK = logits_TE.new_empty(chosen_TK.shape)
     load_E = chosen_TK.new_empty(logits_TE.shape[1])
-    norm_T = logits_TE.new_empty(len(logits_TE))
+    norm_T = logits_TE.new_empty(logits_TE.shape[0])
     return score_TE, gate_TK, load_E, norm_T, chosen_TK.new_empty(chosen_TK.shape, dtype=_NARROW)
 
 
@@ -310,9 +312,23 @@ def _balance_backward(
     return balance_backward(score_TE.contiguous(), fraction_GE, dproduct_G.contiguous(), size)
 
 
+@_fake("router_sums")
+def _empty_sums(score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
+    return score_TE.new_empty(2 * score_TE.shape[1] + 1)
+
+
+@_implement("router_sums")
+def _sums(score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
+    from expertmesh.kernels.router.balance import sums
+
+    if chosen_TK.stride(1) != 1:
+        chosen_TK = chosen_TK.contiguous()
+    return sums(score_TE.contiguous(), chosen_TK)
+
+
 @_fake("router_z")
 def _empty_z(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    return logits_TE.new_empty(()), logits_TE.new_empty(len(logits_TE))
+    return logits_TE.new_empty(()), logits_TE.new_empty(logits_TE.shape[0])
 
 
 @_implement("router_z")

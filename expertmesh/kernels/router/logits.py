@@ -79,7 +79,8 @@ def _split_kernel(
 def few_logits(x_TD: Tensor, weight_ED: Tensor, logits_TE: Tensor) -> None:
     """Write ``x W^T`` for a number of tokens at which reading the weights is the work."""
     (T, D), E = x_TD.shape, len(weight_ED)
-    experts, tokens = 4, 1 if T <= 16 else 4
+    # Of one token the programs are few, and each is to wait for as little as it can.
+    experts, tokens = 1 if T == 1 else 4, 1 if T <= 16 else 4
     _few_logits_kernel[(ceil_div(E, experts), ceil_div(T, tokens))](
         x_TD,
         weight_ED,

@@ -20,7 +20,9 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         x_TD: bfloat16.
         weight_ED: float32 or bfloat16.
     """
-    logits_TE: Tensor = _Logits.apply(x_TD, weight_ED)
+    needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad)
+    logits = _Logits.apply if needs_grad else torch.ops.expertmesh.router_logits
+    logits_TE: Tensor = logits(x_TD, weight_ED)
     return logits_TE
 
 
@@ -115,6 +117,22 @@ def router_balance(
     return product_G
 
 
+def router_sums(score_TE: Tensor, chosen_TK: Tensor, *, softmax: bool = False) -> Tensor:
+    """What ``router_balance`` is made of, of all tokens here: to be added up over ranks.
+
+    Args:
+        score_TE: float32, T above 0; divided by their sum they are probabilities.
+        chosen_TK: int64, E where nothing was chosen.
+        softmax: As of ``router_balance``.
+
+    Returns:
+        ``(2 E + 1,)`` float32: choices of each expert, its summed probability, and T. The
+        probability alone is differentiable.
+    """
+    sum_X: Tensor = _Sums.apply(score_TE, chosen_TK, softmax)
+    return sum_X
+
+
 def router_z(logits_TE: Tensor) -> Tensor:
     """Mean over tokens of ``logsumexp(logits)^2``, a scalar, differentiable.
 
@@ -201,6 +219,25 @@ class _Balance(torch.autograd.Function):
             return slope_GE[:, None].expand(-1, ctx.size, -1).flatten(0, 1), *nothing
         backward = torch.ops.expertmesh.router_balance_backward
         return backward(scores[0], fraction_GE, dproduct_G, ctx.size), *nothing
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_TE: Tensor, chosen_TK: Tensor, softmax: bool) -> Tensor:
+        ctx.shape = score_TE.shape
+        ctx.save_for_backward(*(() if softmax else (score_TE,)))
+        sum_X: Tensor = torch.ops.expertmesh.router_sums(score_TE, chosen_TK)
+        return sum_X
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsum_X: Tensor) -> tuple[Tensor | None, ...]:
+        T, E = ctx.shape
+        slope_1E = dsum_X[None, E : 2 * E]
+        if not ctx.saved_tensors:
+            return slope_1E.expand(T, E), None, None
+        backward = torch.ops.expertmesh.router_balance_backward
+        return backward(*ctx.saved_tensors, slope_1E, slope_1E.new_full((1,), T), T), None, None
 
 
 class _Z(torch.autograd.Function):

@@ -10,14 +10,14 @@ _MOST_EXPERTS = 1024
 
 def serves(x_TD: Tensor, weight_ED: Tensor) -> bool:
     """Whether ``router_logits`` and what follows it are for these operands."""
-    if len(x_TD) == 0:
+    if x_TD.shape[0] == 0:
         return False
-    return logits_refusal(x_TD.device, x_TD.dtype, weight_ED.dtype, len(weight_ED)) is None
+    return logits_refusal(x_TD.device, x_TD.dtype, weight_ED.dtype, weight_ED.shape[0]) is None
 
 
 def counts(table_TE: Tensor) -> bool:
     """Whether ``router_count`` and ``router_balance`` are for these logits or scores."""
-    if len(table_TE) == 0:
+    if table_TE.shape[0] == 0:
         return False
     return statistics_refusal(table_TE.device, table_TE.dtype, table_TE.shape[1]) is None
 

@@ -21,7 +21,7 @@ from expertmesh.kernels.moe_mlp.block_sparse.kernels import (
     sdd_kernel,
 )
 from expertmesh.kernels.moe_mlp.block_sparse.topology import Topology
-from expertmesh.kernels.triton_support import on_its_device
+from expertmesh.kernels.triton_support import capability, on_its_device
 
 
 class _Tile(NamedTuple):
@@ -36,7 +36,7 @@ def _tile(like: Tensor, block: int) -> _Tile:
 
     Float32 operands are twice as large and are multiplied three times.
     """
-    hopper = like.device.type == "cuda" and torch.cuda.get_device_capability(like.device) >= (9, 0)
+    hopper = like.device.type == "cuda" and capability(like.device) >= (9, 0)
     if hopper and like.itemsize == 2:
         return _Tile(columns=256, depth=min(64, block), warps=8, stages=4)
     return _Tile(columns=128, depth=min(32, block), warps=8, stages=2 if like.itemsize > 2 else 4)

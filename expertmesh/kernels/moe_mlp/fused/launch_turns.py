@@ -1,5 +1,7 @@
 """Starts the kernels whose warpgroups take turns."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -86,5 +88,9 @@ def hidden_gradient(
 
 
 def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, block, layout)
+    return TensorDescriptor.from_tensor(matrix, block, _layout(*block, matrix.dtype))
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])

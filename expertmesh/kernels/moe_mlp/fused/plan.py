@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from expertmesh.kernels.triton_support import TRITON_VERSION
+from expertmesh.kernels.triton_support import TRITON_VERSION, capability
 
 SHIPPED = Path(__file__).with_name("h200.json")
 
@@ -208,7 +208,7 @@ def turns_refusal(
 def _turns_refusal_here(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"they are for GPUs, this is {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     if (major, minor) != (9, 0):
         return f"they are for compute capability 9.0, this device has {major}.{minor}"
     if not (TRITON_VERSION or "").startswith(_GLUON):
