@@ -12,10 +12,9 @@ from expertmesh.dispatch.transport import (
     return_rows,
     row_dtype,
     send_draws,
-    send_ids,
     send_tokens,
 )
-from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.kernels.dispatch import places
 from expertmesh.routing import Routing
 
 
@@ -44,11 +43,10 @@ class AllToAllDispatcher(Dispatcher):
         """See ``Dispatcher.dispatch``. Ids come out as those of this rank's L experts."""
         with torch.no_grad():
             plan = self._plan(routing.expert_TK, x_TD)
-            id_RK = send_ids(routing.expert_TK, self.ranks.num_experts, plan)
-            id_RK = self.ranks.localize(id_RK, self.group.index)
             draw_R = None if draw_T is None else send_draws(draw_T, plan)
-        x_RD, weight_RK = send_tokens(x_TD, routing.weight_TK, plan)
-        weight_RK = torch.where(id_RK < self.ranks.num_local, weight_RK, 0)
+        x_RD, id_RK, weight_RK = send_tokens(
+            x_TD, routing.expert_TK, routing.weight_TK, plan, self.ranks
+        )
         return Dispatched(x_RD, id_RK, weight_RK, plan, draw_R)
 
     def combine(self, y_RD: Tensor, context: Plan) -> Tensor:
@@ -56,17 +54,19 @@ class AllToAllDispatcher(Dispatcher):
         return return_rows(y_RD, context)
 
     def _plan(self, expert_TK: Tensor, x_TD: Tensor) -> Plan:
-        destination_TJ = self.ranks.destinations(expert_TK)
-        grouping = group_by_expert(destination_TJ, self.ranks.num_ranks)
-        sent_P = torch.diff(grouping.offsets_E, prepend=grouping.offsets_E.new_zeros(1))
-        received_P = torch.empty_like(sent_P)
-        dist.all_to_all_single(received_P, sent_P, group=self.group.process_group)
-        self.group.traffic.add("counts", (self.group.size - 1) * sent_P.element_size())
-        sent, received = torch.stack([sent_P, received_P]).tolist()
+        token_N, place_TJ, offset_P1 = places(
+            self.ranks.destinations(expert_TK), self.ranks.num_ranks
+        )
+        # Sent and received, in one table that the host reads at once.
+        count_2P = offset_P1.new_empty(2, self.ranks.num_ranks)
+        torch.diff(offset_P1, out=count_2P[0])
+        dist.all_to_all_single(count_2P[1], count_2P[0], group=self.group.process_group)
+        self.group.traffic.add("counts", (self.group.size - 1) * count_2P.element_size())
+        sent, received = count_2P.tolist()
         return Plan(
-            grouping.row_N[: sum(sent)],
+            token_N[: sum(sent)],
             None,
-            torch.where(grouping.valid_RK, grouping.inverse_RK, -1),
+            place_TJ,
             sent,
             received,
             self.group,

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from expertmesh.kernels.dispatch import destinations
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,8 @@ class ExpertRanks:
             int64 ``(T, J)``, J the lesser of the group's ranks and ``K * etp``: sums over a
             token's rows read J of them. ``num_ranks`` where there is nothing to send.
         """
-        owner_TK = expert_TK // self.num_local
-        if self.ep <= expert_TK.shape[1]:
-            rank_J = torch.arange(self.num_ranks, device=expert_TK.device)
-            goes_TJ = (owner_TK.unsqueeze(2) == rank_J // self.etp).any(dim=1)
-            return torch.where(goes_TJ, rank_J, self.num_ranks)
-        # A rank that an earlier choice of the token named already is left out.
-        same_TKK = owner_TK.unsqueeze(2) == owner_TK.unsqueeze(1)
-        owner_TK = owner_TK.masked_fill(same_TKK.tril(-1).any(dim=2), self.ep)
-        slice_S = torch.arange(self.etp, device=expert_TK.device)
-        rank_TKS = owner_TK.unsqueeze(2) * self.etp + slice_S
-        return rank_TKS.clamp_max(self.num_ranks).flatten(1)
+        return destinations(expert_TK, self.num_local, self.ep, self.etp)
 
-    def localize(self, expert_RK: Tensor, rank: int) -> Tensor:
-        """Global expert ids as ids among the L of one rank; L for those of other ranks."""
-        id_RK = expert_RK - rank // self.etp * self.num_local
-        here_RK = (id_RK >= 0) & (id_RK < self.num_local)
-        return torch.where(here_RK, id_RK, self.num_local)
+    def first(self, rank: int) -> int:
+        """The first of a rank's L experts."""
+        return rank // self.etp * self.num_local

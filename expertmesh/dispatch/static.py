@@ -11,7 +11,6 @@ from expertmesh.dispatch.transport import (
     return_rows,
     row_dtype,
     send_draws,
-    send_ids,
     send_tokens,
 )
 from expertmesh.errors import UserError
@@ -56,11 +55,10 @@ class StaticDispatcher(Dispatcher):
         """
         with torch.no_grad():
             plan = self._plan(routing, x_TD)
-            id_RK = send_ids(routing.expert_TK, self.ranks.num_experts, plan)
-            id_RK = self.ranks.localize(id_RK, self.group.index)
             draw_R = None if draw_T is None else send_draws(draw_T, plan)
-        x_RD, weight_RK = send_tokens(x_TD, routing.weight_TK, plan)
-        weight_RK = torch.where(id_RK < self.ranks.num_local, weight_RK, 0)
+        x_RD, id_RK, weight_RK = send_tokens(
+            x_TD, routing.expert_TK, routing.weight_TK, plan, self.ranks
+        )
         return Dispatched(x_RD, id_RK, weight_RK, plan, draw_R)
 
     def combine(self, y_RD: Tensor, context: Plan) -> Tensor:

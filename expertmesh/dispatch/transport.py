@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from expertmesh.dispatch.collectives import Group, exchange_rows
+from expertmesh.dispatch.expert_ranks import ExpertRanks
+from expertmesh.kernels.dispatch import mask_others, pack_choices, take_rows, unpack_choices
 from expertmesh.kernels.dtypes import autocast_dtype
 from expertmesh.kernels.row_sum import sum_rows
-
-_ID = torch.int32
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which rows one rank sends and receives in one call of the layer.
 
+    Integers are int64, or int32 where kernels made them.
+
     Attributes:
-        token_N: int64, the token of each outgoing row, rows for rank 0 first.
+        token_N: The token of each outgoing row, rows for rank 0 first.
         empty_N: True where an outgoing row carries no token; None if every row does.
-        place_TJ: int64, the outgoing row of each destination of each token, by ascending rank
-            where J is the number of ranks; -1 where there is none.
+        place_TJ: The outgoing row of each destination of each token, by ascending rank where J
+            is the number of ranks; -1 where there is none.
         sent: Rows for each rank.
         received: Rows from each rank.
         group: The ranks.
@@ -41,14 +43,9 @@ class Plan:
     token_dtype: torch.dtype
     row_dtype: torch.dtype
 
-    def leave(self, value_TX: Tensor, kind: str, fill: float = 0) -> Tensor:
+    def leave(self, value_TX: Tensor, kind: str) -> Tensor:
         """Tokens' values ``(T, ...)`` to the ranks they go to: ``(R, ...)``; no gradient."""
-        if self.empty_N is None:
-            rows_NX = value_TX[self.token_N]
-        elif len(value_TX) == 0:
-            rows_NX = value_TX.new_full((len(self.token_N), *value_TX.shape[1:]), fill)
-        else:
-            rows_NX = value_TX[self.token_N].masked_fill_(self.empty_N.unsqueeze(1), fill)
+        rows_NX = take_rows(value_TX, self.token_N, self.empty_N, 0)
         return exchange_rows(rows_NX, self.sent, self.received, self.group, kind=kind)
 
     def come_home(self, rows_RX: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -68,17 +65,28 @@ def row_dtype(x_TD: Tensor, *, rounded: bool) -> torch.dtype:
     return autocast
 
 
-def send_tokens(x_TD: Tensor, weight_TK: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Tokens with their combine weights to the experts' ranks: ``(R, D)`` and ``(R, K)``.
+def send_tokens(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, plan: Plan, ranks: ExpertRanks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with their choices to the experts' ranks.
 
-    The tokens go, and their gradients come, in the plan's ``row_dtype``; weights in their own.
+    The tokens go, and their gradients come, in the plan's ``row_dtype``; weights in their own. Ids
+    and weights go together, after the tokens: the GPU has the long exchange to do while the host
+    prepares the rest.
+
+    Args:
+        x_TD: ``(T, D)``.
+        expert_TK: Ids among all experts.
+        weight_TK: Their combine weights.
+        plan: Which token goes into which row.
+        ranks: Which experts are whose.
+
+    Returns:
+        ``(R, D)``; ids among this rank's L experts, int64 ``(R, K)``, L where a choice is not this
+        rank's to carry out; and weights ``(R, K)``, 0 there.
     """
-    return _Send.apply(x_TD, weight_TK, plan)
-
-
-def send_ids(expert_TK: Tensor, sentinel: int, plan: Plan) -> Tensor:
-    """Expert ids along with the tokens: int64 ``(R, K)``, the sentinel in rows without a token."""
-    return plan.leave(expert_TK.to(_ID), "ids", sentinel).to(torch.int64)
+    x_RD, id_RK, weight_RK = _Send.apply(x_TD, expert_TK, weight_TK, plan, ranks)
+    return x_RD, id_RK, weight_RK
 
 
 def send_draws(draw_T: Tensor, plan: Plan) -> Tensor:
@@ -93,17 +101,41 @@ def return_rows(y_RD: Tensor, plan: Plan) -> Tensor:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        ctx.plan, ctx.weight_dtype = plan, weight_TK.dtype
-        rows_RD = plan.leave(x_TD.to(plan.row_dtype), "dispatch")
-        return rows_RD, plan.leave(weight_TK, "weights")
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        plan: Plan,
+        ranks: ExpertRanks,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_RD = plan.leave(x_TD.to(plan.row_dtype), "dispatch")
+        choice_NB = pack_choices(
+            expert_TK, weight_TK, plan.token_N, plan.empty_N, ranks.num_experts
+        )
+        choice_RB = exchange_rows(choice_NB, plan.sent, plan.received, plan.group, kind="choices")
+        first, num_local = ranks.first(plan.group.index), ranks.num_local
+        id_RK, weight_RK = unpack_choices(choice_RB, first, num_local, weight_TK.dtype)
+        ctx.plan, ctx.num_local = plan, num_local
+        ctx.dim, ctx.weight_dtype = x_TD.shape[1], weight_TK.dtype
+        ctx.save_for_backward(id_RK)
+        ctx.mark_non_differentiable(id_RK)
+        ctx.set_materialize_grads(False)  # no zeros for the ids
+        return x_RD, id_RK, weight_RK
 
     @staticmethod
-    def backward(ctx: Any, dx_RD: Tensor, dweight_RK: Tensor) -> tuple[Tensor, Tensor, None]:
-        plan = ctx.plan
+    def backward(
+        ctx: Any, dx_RD: Tensor | None, _: None, dweight_RK: Tensor | None
+    ) -> tuple[Tensor, None, Tensor, None, None]:
+        plan, (id_RK,) = ctx.plan, ctx.saved_tensors
+        if dx_RD is None:
+            dx_RD = id_RK.new_zeros(len(id_RK), ctx.dim, dtype=plan.row_dtype)
+        if dweight_RK is None:
+            dweight_RK = id_RK.new_zeros(id_RK.shape, dtype=ctx.weight_dtype)
         dx_TD = plan.come_home(dx_RD, "dispatch backward", plan.token_dtype)
+        dweight_RK = mask_others(dweight_RK, id_RK, ctx.num_local)
         dweight_TK = plan.come_home(dweight_RK, "weights backward", ctx.weight_dtype)
-        return dx_TD, dweight_TK, None
+        return dx_TD, None, dweight_TK, None, None
 
 
 class _Return(torch.autograd.Function):

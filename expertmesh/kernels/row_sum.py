@@ -11,7 +11,7 @@ def sum_rows(rows_NX: Tensor, place_TJ: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         rows_NX: ``(N, X)``.
-        place_TJ: int64, below N; negative ones are left out.
+        place_TJ: int64 or int32, below N; negative ones are left out.
         dtype: Of the sums, rounded once.
 
     Returns:

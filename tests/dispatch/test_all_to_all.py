@@ -1,7 +1,9 @@
 """Dropless dispatch against experts that are all on one rank."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 
 from expertmesh.dispatch.all_to_all import AllToAllDispatcher
 from expertmesh.dispatch.collectives import all_reduce
+from expertmesh.dispatch.static import StaticDispatcher
 from expertmesh.experts import Experts, GatedMLPExperts, ModuleExperts
+from expertmesh.kernels.dispatch import op
 from expertmesh.layer import MoE
 from expertmesh.parallel.experts import place_experts
 from expertmesh.parallel.mesh import Mesh
@@ -69,9 +73,8 @@ def test_outputs_and_gradients_are_those_of_whole_experts(axes: dict[str, int]) 
             arriving = seen.num_rows - kept
             assert seen.bytes_sent == {
                 "counts": (world - 1) * 4,
-                "ids": leaving * case.k * 4,
                 "dispatch": leaving * DIM * 8,
-                "weights": leaving * case.k * 8,
+                "choices": leaving * case.k * (4 + 8),  # ids and weights
                 "combine": arriving * DIM * 8,
                 "combine backward": leaving * DIM * 8,
                 "dispatch backward": arriving * DIM * 8,
@@ -151,17 +154,16 @@ def test_rows_travel_in_what_the_experts_compute_in(dispatch: str, dtype: torch.
     for seen in run_on_ranks(2, under_autocast, "gated", dispatch, dtype):
         assert max(seen.errors.values()) < limit, seen.errors
         assert seen.dtypes == {torch.float32}
-        rows = seen.bytes_sent["ids"] // (2 * 4)
+        rows = seen.bytes_sent["choices"] // (2 * (4 + 4))
         assert seen.bytes_sent["dispatch"] == rows * 32 * 2
         assert seen.bytes_sent["combine backward"] == rows * 32 * 2
-        assert seen.bytes_sent["weights"] == rows * 2 * 4
         assert seen.bytes_sent["combine"] == seen.bytes_sent["dispatch backward"]
 
 
 def test_experts_that_may_compute_wider_get_what_they_would_get_alone() -> None:
     for seen in run_on_ranks(2, under_autocast, "module", "all_to_all", torch.bfloat16):
         assert seen.errors["output"] < 1e-6
-        rows = seen.bytes_sent["ids"] // (2 * 4)
+        rows = seen.bytes_sent["choices"] // (2 * (4 + 4))
         assert seen.bytes_sent["dispatch"] == rows * 32 * 4
 
 
@@ -183,6 +185,41 @@ def bitwise_repeats() -> bool:
 
 def test_the_same_call_gives_the_same_bits() -> None:
     assert run_on_ranks(2, bitwise_repeats) == [True, True]
+
+
+def passed(dispatcher: AllToAllDispatcher | StaticDispatcher, case: Case) -> list[Tensor]:
+    """What comes, what is home again, and the gradients, with something in place of experts."""
+    index = dispatcher.group.index
+    own = case.own(index)
+    x_TD = case.tokens()[own].requires_grad_()
+    weight_TK = case.weights()[own].requires_grad_()
+    decided = routing(case.choices()[own], weight_TK, case.most_per_expert(index))
+    sent = dispatcher.dispatch(x_TD, decided)
+    y_RD = sent.x_RD * (sent.weight_RK * torch.cos(sent.expert_RK)).sum(dim=1, keepdim=True)
+    y_TD = dispatcher.combine(y_RD, sent.context)
+    grads = torch.autograd.grad(y_TD, [x_TD, weight_TK], torch.sin(x_TD.detach()))
+    return [sent.x_RD, sent.expert_RK, sent.weight_RK, y_TD, *grads]
+
+
+def same_bits_by_kernels(axes: dict[str, Any], static: bool) -> list[bool]:
+    """For every case, in Triton's interpreter and by torch's operations."""
+    group, etp = Mesh(**axes).group(("ep", "etp")), axes.get("etp", 1)
+    kind = StaticDispatcher if static else AllToAllDispatcher
+    same = []
+    for case in (Case((7, 7), 3), Case((5, 0), 1), Case((6, 6), 4, only=3), Case((0, 0))):
+        case = replace(case, dtype=torch.float32)
+        plain = passed(kind(group, EXPERTS, etp), case)
+        with mock.patch.object(op, "_has_kernels", return_value=True) as asked:
+            ours = passed(kind(group, EXPERTS, etp), case)
+        assert asked.called
+        same.append(all(map(torch.equal, plain, ours)))
+    return same
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("axes", MESHES_OF_2, ids=str)
+def test_kernels_change_no_bit(axes: dict[str, int], static: bool) -> None:
+    assert run_on_ranks(2, same_bits_by_kernels, axes, static) == [[True] * 4] * 2
 
 
 def asks_the_host() -> bool:

@@ -30,9 +30,8 @@ def test_outputs_and_gradients_are_those_of_whole_experts(axes: dict[str, int]) 
             wide, narrow = leaving * DIM * 8, leaving * case.k * 8
             assert seen.bytes_sent == {
                 "sizes": (world - 1) * 8,  # agreed on once
-                "ids": leaving * case.k * 4,
                 "dispatch": wide,
-                "weights": narrow,
+                "choices": leaving * case.k * (4 + 8),  # ids and weights
                 "combine": wide,
                 "combine backward": wide,
                 "dispatch backward": wide,
