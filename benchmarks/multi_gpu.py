@@ -36,7 +36,7 @@ from expertmesh.parallel.processes import joined, local_device
 
 NAME = "multi_gpu"
 SECTIONS: dict[str, tuple[ModuleType, float]] = {
-    "training": (training, 150.0),
+    "training": (training, 240.0),
     "equivalence": (equivalence, 180.0),
     "layer": (layer, 90.0),
     "checkpoint": (checkpoint, 30.0),

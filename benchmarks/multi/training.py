@@ -12,6 +12,7 @@ from expertmesh.models import DecoderConfig
 from expertmesh.models.presets import decoder_preset
 from expertmesh.parallel.mesh import Mesh
 from expertmesh.parallel.strategies import Strategy, strategy
+from expertmesh.train.collector import collected_later
 from multi import rival_torchtitan
 from multi.build import Place, make_stepper
 from multi.rival import LR, Work, transformers_step
@@ -103,6 +104,8 @@ def _timed(world: World, build: Callable[[], Step]) -> tuple[float, float, dict[
         torch.cuda.reset_peak_memory_stats()
         world.together(_check_empty)
     step = world.together(build)
+    # As our trainer and torchtitan's do; so that it helps none more than another.
+    step = collected_later()(step)
     seconds = world.seconds(step, *((1, 1) if world.tiny else (ROUNDS, WARM)))
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
     profile = world.together(partial(where_time_goes, step, world.device))

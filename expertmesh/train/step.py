@@ -15,6 +15,7 @@ from expertmesh.errors import UserError
 from expertmesh.gradients import clip_factor, gradients_of, norms, scale_
 from expertmesh.routing import update_selection_bias
 from expertmesh.shards import shard_of
+from expertmesh.train.collector import collected_later
 from expertmesh.train.micro_batch import num_tokens
 from expertmesh.train.passes import Passes
 
@@ -57,6 +58,7 @@ class Stepper:
         self.clip = clip
         self.loss_scale = passes.precision.loss_scale()
 
+    @collected_later()
     def step(self, step: int, batch: Batch) -> StepResult:
         """One optimizer step.
 
