@@ -5,24 +5,13 @@
 ``*_rows`` serve single assignments by dot products of vectors, for a token or a few. ``*_experts``
 serve all rows of one expert by matrix products with the weights on the left, because tensor cores
 take 64 rows on that side and as few as 16 columns on the other.
-
-A kernel launched as a programmatic dependent (``PDL``) starts while the one before it ends: it
-waits before it reads what that one wrote, and only then lets the next one start, so that whatever
-came before the previous kernel is complete for every kernel that runs.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertmesh.kernels.dependent import wait
 from expertmesh.kernels.moe_mlp.fused.activations import activate
-
-
-@triton.jit
-def _wait(PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -41,7 +30,7 @@ def group_kernel(
     Args: ``expert`` int64 (N); ``order`` int32 (N), the assignment at each position; ``offsets``
     int32 (E + 1), where each expert's positions start, sentinels last.
     """
-    _wait(PDL)
+    wait(PDL)
     every = tl.arange(0, NP)
     theirs = tl.load(expert + every, mask=every < N, other=E).to(tl.int32)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -85,7 +74,7 @@ def up_rows_kernel(
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row = tl.minimum(f, F - 1)
     inner = tl.arange(0, BLOCK_D)
-    _wait(PDL)
+    wait(PDL)
     e = tl.load(expert + n)
     if e < E:
         first_row = up + (e * EXPERT + row.to(tl.int64) * UNIT)[:, None]
@@ -182,7 +171,7 @@ def down_rows_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.minimum(d, D - 1).to(tl.int64)
     inner = tl.arange(0, BLOCK_F)
-    _wait(PDL)
+    wait(PDL)
     acc = tl.zeros((BLOCK_D, BLOCK_F), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(K):
@@ -245,7 +234,7 @@ def up_experts_kernel(
     row = tl.minimum(f, F - 1)
     inner = tl.arange(0, BLOCK_D)
     first_row = up + (e.to(tl.int64) * EXPERT + row.to(tl.int64) * UNIT)[:, None]
-    _wait(PDL)
+    wait(PDL)
     begin = tl.load(offsets + e)
     end = tl.load(offsets + e + 1)
     for top in range(begin, end, BLOCK_N):
@@ -315,7 +304,7 @@ def down_experts_kernel(
     inner = tl.arange(0, BLOCK_F)
     matrix = down + (e.to(tl.int64) * D + row)[:, None] * F
     span: tl.constexpr = tl.cdiv(tl.cdiv(F, BLOCK_F), SPLITS) * BLOCK_F
-    _wait(PDL)
+    wait(PDL)
     begin = tl.load(offsets + e)
     end = tl.load(offsets + e + 1)
     for first in range(begin, end, BLOCK_N):
@@ -360,7 +349,7 @@ def combine_kernel(
     """``y[r] = sum_k weight[r, k] sum_s partial[s, r K + k]``, in this order."""
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    _wait(PDL)
+    wait(PDL)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(K):
         n = r * K + k

@@ -1,11 +1,12 @@
 """Launches of the ``decode`` backend's kernels, and how their work is cut."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.dependent import options
 from expertmesh.kernels.moe_mlp.decode_kernels import (
     combine_kernel,
     down_experts_kernel,
@@ -14,7 +15,6 @@ from expertmesh.kernels.moe_mlp.decode_kernels import (
     up_experts_kernel,
     up_rows_kernel,
 )
-from expertmesh.kernels.triton_support import has_dependent_launch
 
 
 class Vectors(NamedTuple):
@@ -91,7 +91,7 @@ def group(expert_RK: Tensor, order_N: Tensor, offset_E1: Tensor) -> None:
         num_experts,
         block,
         max(16, power_of_2(num)),
-        **_options(expert_RK),
+        **options(expert_RK),
     )
 
 
@@ -122,7 +122,7 @@ def up_rows(
         bias is not None,
         cut.out,
         min(cut.inner, power_of_2(D)),
-        **_options(x_RD, cut.warps),
+        **options(x_RD, cut.warps),
     )
 
 
@@ -160,7 +160,7 @@ def up_experts(
         cut.rows,
         cut.inner,
         cut.stages,
-        **_options(x_RD, cut.warps),
+        **options(x_RD, cut.warps),
     )
 
 
@@ -192,7 +192,7 @@ def down_rows(
         bias_ED is not None,
         cut.out,
         min(cut.inner, power_of_2(F)),
-        **_options(hidden_NF, cut.warps),
+        **options(hidden_NF, cut.warps),
     )
 
 
@@ -228,7 +228,7 @@ def down_experts(
         cut.rows,
         cut.inner,
         cut.stages,
-        **_options(hidden_NF, cut.warps),
+        **options(hidden_NF, cut.warps),
     )
     block = min(1024, power_of_2(D))
     combine_kernel[(R, ceil_div(D, block))](
@@ -242,7 +242,7 @@ def down_experts(
         K,
         cut.splits,
         block,
-        **_options(hidden_NF),
+        **options(hidden_NF),
     )
 
 
@@ -257,8 +257,3 @@ def _strides(up: Tensor) -> tuple[int, int, int]:
 
 def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"  # ignored for narrower types
-
-
-def _options(like: Tensor, warps: int = 4) -> dict[str, Any]:
-    dependent = has_dependent_launch(like.device)
-    return {"PDL": dependent, "num_warps": warps} | ({"launch_pdl": True} if dependent else {})

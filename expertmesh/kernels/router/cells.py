@@ -2,30 +2,19 @@
 # Triton reads the annotations of kernels: only its own may stand there.
 """What the router's kernels share. Everything is float32 inside."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
-from expertmesh.kernels.triton_support import has_dependent_launch
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
 def prefetch(base, first, COUNT: tl.constexpr, end):
-    """Ask for the lines of COUNT numbers in L2 while the kernel before ends.
+    """Ask for the lines of COUNT numbers, a power of 2, in L2 while the kernel before ends.
 
     Nothing is read: they may still be written.
     """
@@ -84,8 +73,3 @@ def counts(logits_TE: Tensor) -> Tensor:
 
 def total_of(count_PE: Tensor) -> Tensor:
     return count_PE[0] if len(count_PE) == 1 else count_PE.sum(0)
-
-
-def options(like: Tensor, warps: int) -> dict[str, Any]:
-    dependent = has_dependent_launch(like.device)
-    return {"PDL": dependent, "num_warps": warps} | ({"launch_pdl": True} if dependent else {})

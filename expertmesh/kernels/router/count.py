@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
-from expertmesh.kernels.router.cells import options, prefetch, wait
+from expertmesh.kernels.dependent import options, wait
+from expertmesh.kernels.router.cells import prefetch
 
 _CELLS = 4096  # logits that a program holds
 _FEW_CELLS = 16384  # of them all, up to which one program does everything
@@ -38,10 +39,10 @@ def _one_program_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        prefetch(logits, 0, BLOCK_T * E, T * E)
-        prefetch(chosen, 0, BLOCK_T * K, T * K)
-        prefetch(load, 0, E, E)
-        prefetch(load_total, 0, E, E)
+        prefetch(logits, 0, BLOCK_T * BLOCK_E, T * E)
+        prefetch(chosen, 0, BLOCK_T * BLOCK_K, T * K)
+        prefetch(load, 0, BLOCK_E, E)
+        prefetch(load_total, 0, BLOCK_E, E)
         prefetch(choices_total, 0, BINS, BINS)
         prefetch(dropped_total, 0, BINS, BINS)
         prefetch(tokens_total, 0, 1, 1)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
-from expertmesh.kernels.router.cells import options, prefetch, wait
+from expertmesh.kernels.dependent import options, wait
+from expertmesh.kernels.router.cells import prefetch
 
 
 @triton.jit
