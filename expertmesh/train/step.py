@@ -74,8 +74,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         total = self._backward(step, batch)
         self._unscale()
-        # One wait for the device brings both.
-        loss, norm = torch.stack([total.double(), self._norm().double()]).tolist()
+        loss, norm = _read(total, self._norm())
         if not math.isfinite(loss):
             raise UserError(_not_finite("loss", loss, step))
         skipped = not math.isfinite(norm)
@@ -126,6 +125,13 @@ class Stepper:
         from expertmesh.dispatch.collectives import total
 
         return total(counts, self.passes.mesh.stage)
+
+
+def _read(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Two scalars of one device for one wait."""
+    wide = torch.promote_types(first.dtype, second.dtype)
+    one, two = torch.stack([first.to(wide), second.to(wide)]).tolist()
+    return one, two
 
 
 def check_finite(model: nn.Module, step: int) -> None:
