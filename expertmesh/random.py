@@ -206,6 +206,8 @@ class RandomKey:
     def of(seed: int, step: int, token_index: Tensor) -> "RandomKey":
         """The key of one step; a tensor, so that compiled code serves every step."""
         folded = fold(seed, "step", step)
+        if token_index.device.type != "cuda":
+            return RandomKey(torch.tensor(folded, device=token_index.device), token_index)
         # Filled in, not copied: a copy from the host waits for all that the device has to do.
         value = torch.full((), folded, dtype=torch.int64, device=token_index.device)
         return RandomKey(value, token_index)

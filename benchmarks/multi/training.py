@@ -78,7 +78,9 @@ def measure(world: World) -> dict[str, Any]:
     for name in (ALONE, *ways):
         if world.has_time():
             found = world.attempt(partial(_profile, world, builders[name]))
-            if isinstance(found, dict):
+            if isinstance(found, str):
+                world.say(f"  {name} is not profiled: {found}")
+            else:
                 result["profiles"][name] = found
     return result
 

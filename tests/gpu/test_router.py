@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from expertmesh.experts import GatedMLPExperts
-from expertmesh.kernels.router import router_choose, router_gates, router_logits, router_select
+from expertmesh.kernels.router import (
+    router_choose,
+    router_gates,
+    router_logits,
+    router_select,
+    router_sums,
+)
 from expertmesh.kernels.router.reference import (
     reference_choose,
     reference_gates,
@@ -88,6 +94,25 @@ def test_choice_and_gates(
     wanted = (expected[0], expected[1], expected[3])
     (exact,) = torch.autograd.grad(wanted, wide, [g.double() for g in grads])
     assert_close("dlogits", dlogits, exact.float())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_of_load_and_probability(shape: tuple[int, int, int, int]) -> None:
+    """Of sigmoids; of one token, of one program's and of more."""
+    T, _, E, K = shape
+    score = torch.rand(T, E, device="cuda").requires_grad_()
+    chosen = torch.rand(T, E, device="cuda").topk(K).indices
+    chosen[::3, 0] = E
+    found = router_sums(score, chosen)
+    wide = score.detach().double().requires_grad_()
+    total = (wide / wide.sum(1, keepdim=True)).sum(0)
+    assert torch.equal(found[:E].long(), chosen.flatten().bincount(minlength=E + 1)[:E])
+    assert_close("probability", found[E:-1], total.float(), 1e-5)
+    assert found[-1] == T
+    grad = torch.randn_like(found)
+    (dscore,) = torch.autograd.grad(found, score, grad)
+    (exact,) = torch.autograd.grad(total, wide, grad[E:-1].double())
+    assert_close("dscore", dscore, exact.float(), 1e-4)
 
 
 def test_ties_go_to_the_lowest_index() -> None:

@@ -304,6 +304,8 @@ def test_sums_of_load_and_probability(tokens: int, num_experts: int, k: int) -> 
     assert torch.equal(got[:num_experts].long(), share)
     assert_close("probability", got[num_experts:-1], total.float(), 1e-6)
     assert got[-1] == tokens
+    (nothing,) = torch.autograd.grad(got.sum(), score, retain_graph=True)
+    assert nothing.abs().max() < 1e-6  # probabilities add up to 1, whatever the scores
     grad = normal(2 * num_experts + 1, seed=9)
     (dscore,) = torch.autograd.grad(got, score, grad)
     (exact,) = torch.autograd.grad(total, wide, grad[num_experts:-1].double())
@@ -315,7 +317,11 @@ class Twins(Population):
 
     num_ranks, ranks_per_sequence, sequence_part = 2, 1, (0, 1)
 
+    def __init__(self) -> None:
+        self.asked = 0
+
     def total(self, value: Tensor, *, copies: int = 1) -> Tensor:
+        self.asked += 1
         return value + value.detach() * (2 * copies - 1)
 
     def sequence_total(self, value_BX: Tensor) -> Tensor:
@@ -332,7 +338,7 @@ class Twins(Population):
 def test_losses_of_several_ranks_by_kernels(monkeypatch: pytest.MonkeyPatch, score: str) -> None:
     losses = [LoadBalancingLoss(coef=0.3, form="megablocks"), ZLoss(coef=0.1)]
     router = TopKRouter(8, 6, 2, score=score, init_std=1.0, seed=0, losses=losses)
-    router.population = Twins()
+    router.population = twins = Twins()
     x = normal(40, 8, seed=1)
 
     def run() -> tuple[dict[str, Tensor], Tensor]:
@@ -341,8 +347,10 @@ def test_losses_of_several_ranks_by_kernels(monkeypatch: pytest.MonkeyPatch, sco
 
     (expected, exact), asked = run(), []
     monkeypatch.setattr("expertmesh.routing.losses.counts", lambda table: not asked.append(table))
+    twins.asked = 0
     actual, gradient = run()
     assert asked
+    assert twins.asked == 2
     for name in expected:
         assert_close(name, actual[name], expected[name], 1e-5)
     assert_close("gradient", gradient, exact, 1e-5)

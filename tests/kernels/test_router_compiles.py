@@ -29,9 +29,10 @@ from expertmesh.kernels.router.logits import _few_logits_kernel as kernel
 for weight in ("*fp32", "*bf16"):
     for width in (1, 4, 20, 1536, 4096):
         types = {"x": "*bf16", "logits": "*fp32", "T": "i32", "weight": weight}
-        fixed = {"E": 5, "D": width, "BLOCK_E": 4, "BLOCK_T": 1, "PDL": True}
+        fixed = {"E": 5, "D": width, "BLOCK_T": 1, "PDL": True}
         fixed["BLOCK_D"] = min(2048, power_of_2(width))
-        check(kernel, types, fixed, (weight, width))
+        for experts in (1, 4):
+            check(kernel, types, fixed | {"BLOCK_E": experts}, (weight, width, experts))
 """
 
 COUNTERS = """

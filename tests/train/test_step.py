@@ -1,3 +1,4 @@
+import gc
 from typing import Any
 
 import pytest
@@ -200,3 +201,17 @@ def test_an_all_padding_micro_batch_adds_nothing() -> None:
         gradients(make_stepper(2, router_options=Z_ONLY), batch.rows(0, 2)),
         1e-12,
     )
+
+
+def test_nothing_is_collected_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper, found = make_stepper(), []
+    backward = OneByOne.backward
+
+    def watched(self: OneByOne, *args: Any, **options: Any) -> Tensor:
+        found.append(gc.isenabled())
+        return backward(self, *args, **options)
+
+    monkeypatch.setattr(OneByOne, "backward", watched)
+    stepper.step(1, make_batch())
+    assert found == [False]
+    assert gc.isenabled()

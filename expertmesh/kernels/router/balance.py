@@ -73,7 +73,7 @@ def _product_kernel(
     tl.store(product_G + group, tl.sum(fraction * total, axis=0) / size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "T"])
 def _total_kernel(
     count_PE,
     total_PE,

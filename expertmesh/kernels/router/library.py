@@ -309,7 +309,8 @@ def _balance_backward(
 ) -> Tensor:
     from expertmesh.kernels.router.balance import balance_backward
 
-    return balance_backward(score_TE.contiguous(), fraction_GE, dproduct_G.contiguous(), size)
+    given = (score_TE.contiguous(), fraction_GE.contiguous(), dproduct_G.contiguous())
+    return balance_backward(*given, size)
 
 
 @_fake("router_sums")

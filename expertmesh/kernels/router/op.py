@@ -126,8 +126,8 @@ def router_sums(score_TE: Tensor, chosen_TK: Tensor, *, softmax: bool = False) -
         softmax: As of ``router_balance``.
 
     Returns:
-        ``(2 E + 1,)`` float32: choices of each expert, its summed probability, and T. The
-        probability alone is differentiable.
+        ``(2 E + 1,)`` float32: choices of each expert, its summed probability, and T; numbers up
+        to 2^24 are exact. The probability alone is differentiable.
     """
     sum_X: Tensor = _Sums.apply(score_TE, chosen_TK, softmax)
     return sum_X

@@ -16,7 +16,7 @@ def serves(x_TD: Tensor, weight_ED: Tensor) -> bool:
 
 
 def counts(table_TE: Tensor) -> bool:
-    """Whether ``router_count`` and ``router_balance`` are for these logits or scores."""
+    """Whether the kernels of counters and balance losses are for these logits or scores."""
     if table_TE.shape[0] == 0:
         return False
     return statistics_refusal(table_TE.device, table_TE.dtype, table_TE.shape[1]) is None
