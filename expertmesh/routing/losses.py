@@ -402,7 +402,6 @@ class ZLoss(BalanceLoss):
         square_T = (logits_TE.logsumexp(dim=1) if norm_T is None else norm_T) ** 2
         if evidence.is_whole:
             return self.coef * square_T.mean()
-        mean_G = evidence.total(square_T, "micro_batch") / evidence.num_tokens(
-            "micro_batch"
-        ).clamp_min(1)
-        return self.coef * mean_G.reshape(())
+        total_1 = evidence.total(square_T, "micro_batch")
+        mean_1 = total_1 / evidence.num_tokens("micro_batch").clamp_min(1)
+        return self.coef * mean_1.reshape(())
