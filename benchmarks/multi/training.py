@@ -74,7 +74,7 @@ def measure(world: World) -> dict[str, Any]:
     for name, build in builders.items():
         _note(world, result, name, build, work.num_tokens)
     result["weak scaling"] = _efficiency(result["tokens per second per device"])
-    # A profiler that has run slows all launches after it, so no way is timed behind one.
+    # A profiler that has run may slow launches after it, so no way is timed behind one.
     for name in (ALONE, *ways):
         if world.has_time():
             found = world.attempt(partial(_profile, world, builders[name]))
