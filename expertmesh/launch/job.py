@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from expertmesh.launch.hosts import Host
 from expertmesh.launch.place import Place
 
-MARK = "EXPERTMESH_LAUNCH"
-"""The environment variable by which a host finds its processes of a job."""
-
 RANK_MARK = "\x1f"
 """Stands before and after the rank at the head of a line of output."""
 
@@ -90,11 +87,7 @@ class Job:
             environ: Where the settings to send come from.
         """
         settings = {name: value for name, value in environ.items() if name.startswith(_SENT)}
-        settings |= {
-            # Two hosts may turn out to be one machine: each ends its own processes only.
-            MARK: f"{self.rendezvous.id}-{index}",
-            "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": f"{RANK_MARK}${{rank}}{RANK_MARK}",
-        }
+        settings["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = f"{RANK_MARK}${{rank}}{RANK_MARK}"
         if self.gpus is not None:
             settings["CUDA_VISIBLE_DEVICES"] = self.gpus
         return json.dumps(

@@ -19,7 +19,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from expertmesh.launch.job import MARK, RANK_MARK
+from expertmesh.launch.job import RANK_MARK
+from expertmesh.launch.orphans import adopt_orphans, end_children
 
 # Two marks: a rank's line has one before its own words.
 REPORT = f"{RANK_MARK}{RANK_MARK}report "
@@ -34,6 +35,7 @@ def main() -> int:
     # Without a buffer, so without the lock that a thread still reading would hold at the end.
     words = io.FileIO(0, closefd=False)
     order = json.loads(words.readline())
+    adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="expertmesh-launch-") as folder:
         report = Path(folder) / "failures.json"
         process = _start(order, report, folder)
@@ -43,7 +45,7 @@ def main() -> int:
             target=_obey, args=(words, process, order["patience"]), daemon=True
         ).start()
         status = process.wait()
-        left = end_processes(order["environment"][MARK])
+        left = end_children()
         failures = json.loads(report.read_text()) if report.exists() else []
     answer = {"status": status, "failures": failures, "left": left}
     print(REPORT + json.dumps(answer), flush=True)
@@ -86,29 +88,6 @@ def _obey(words: io.FileIO, process: "subprocess.Popen[bytes]", patience: float)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=patience)
     process.kill()
-
-
-def end_processes(job: str) -> int:
-    """Kill what is left of a job on this host: ranks whose torchrun was killed, and their children.
-
-    Args:
-        job: The value of ``MARK`` in their environment.
-
-    Returns:
-        How many there were.
-    """
-    mark = f"{MARK}={job}".encode()
-    ended = 0
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        pid = int(entry.parent.name)
-        try:
-            if pid != os.getpid() and mark in entry.read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGKILL)
-                ended += 1
-        except OSError:
-            # Gone meanwhile, or another user's.
-            continue
-    return ended
 
 
 if __name__ == "__main__":
