@@ -22,8 +22,8 @@ from layer_gpu import BF16, SHAPES, Shape, medians  # beside this file
 from record import RESULTS, load_if_there, save, stamps_of
 from torch import Tensor
 
+from expertmesh.kernels.layout import Layout, make_layout
 from expertmesh.kernels.moe_mlp.fused import launch
-from expertmesh.kernels.moe_mlp.fused.metadata import Layout, make_layout
 from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Tile, Turns
 
 WIDE = Tile(columns=256, depth=64, warps=8, stages=3)

@@ -21,7 +21,7 @@ def sum_rows(rows_NX: Tensor, place_TJ: Tensor, dtype: torch.dtype) -> Tensor:
     if rows_NX.numel() == 0 or out_TX.numel() == 0:
         return out_TX.zero_()
     if _in_one_launch(rows_NX, dtype):
-        from expertmesh.kernels.moe_mlp.fused.launch import sum_choices
+        from expertmesh.kernels.choice_sum import sum_choices
 
         return on_its_device(sum_choices)(rows_NX.contiguous(), place_TJ.contiguous(), out_TX)
     chosen_TJX = rows_NX.index_select(0, place_TJ.clamp_min(0).reshape(-1))

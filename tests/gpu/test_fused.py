@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from expertmesh.kernels.layout import make_layout
 from expertmesh.kernels.moe_mlp import moe_mlp
-from expertmesh.kernels.moe_mlp.fused.metadata import make_layout
 from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED
 from expertmesh.testing import assert_close
 from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run

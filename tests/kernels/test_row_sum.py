@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertmesh.kernels.moe_mlp.fused.launch import sum_choices
+from expertmesh.kernels.choice_sum import sum_choices
 from expertmesh.kernels.row_sum import sum_rows
 from expertmesh.testing import assert_close
 

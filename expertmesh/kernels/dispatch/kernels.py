@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.dispatch.reference import Places
-from expertmesh.kernels.moe_mlp.fused.metadata import make_layout
+from expertmesh.kernels.layout import make_layout
 from expertmesh.kernels.triton_support import on_its_device
 
 _CELLS = 1024  # numbers that a program holds
@@ -97,6 +97,12 @@ def mask_others(value_RK: Tensor, id_RK: Tensor, num_local: int) -> Tensor:
     return out_RK
 
 
+@triton.jit
+def _owners(expert_ptrs, mask, NUM_LOCAL: tl.constexpr, EP: tl.constexpr):
+    """In whose span the experts are; ``EP`` for no expert."""
+    return tl.load(expert_ptrs, mask=mask, other=NUM_LOCAL * EP).to(tl.int32) // NUM_LOCAL
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _ranks_kernel(
     expert_ptr,
@@ -115,8 +121,7 @@ def _ranks_kernel(
     rank = tl.arange(0, BLOCK_P)
     goes = tl.zeros((BLOCK_T, BLOCK_P), tl.int32)
     for choice in range(K):
-        expert = tl.load(expert_ptr + token * K + choice, mask=inside, other=NUM_LOCAL * EP)
-        owner = expert.to(tl.int32) // NUM_LOCAL
+        owner = _owners(expert_ptr + token * K + choice, inside, NUM_LOCAL, EP)
         goes |= (owner[:, None] == (rank // ETP)[None, :]).to(tl.int32)
     out = tl.where(goes != 0, rank[None, :], EP * ETP)
     cell = token[:, None] * (EP * ETP) + rank[None, :]
@@ -141,13 +146,11 @@ def _choices_kernel(
     choice = tl.arange(0, BLOCK_K)
     cell = token[:, None] * K + choice[None, :]
     mask = inside[:, None] & (choice < K)[None, :]
-    expert = tl.load(expert_ptr + cell, mask=mask, other=NUM_LOCAL * EP)
-    owner = expert.to(tl.int32) // NUM_LOCAL
+    owner = _owners(expert_ptr + cell, mask, NUM_LOCAL, EP)
     named = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     for earlier in range(K):
-        before = tl.load(expert_ptr + token * K + earlier, mask=inside, other=NUM_LOCAL * EP)
-        same = owner == (before.to(tl.int32) // NUM_LOCAL)[:, None]
-        named |= (same & (choice > earlier)[None, :]).to(tl.int32)
+        before = _owners(expert_ptr + token * K + earlier, inside, NUM_LOCAL, EP)
+        named |= ((owner == before[:, None]) & (choice > earlier)[None, :]).to(tl.int32)
     owner = tl.where(named != 0, EP, owner)
     for part in range(ETP):
         rank = tl.minimum(owner * ETP + part, EP * ETP)

@@ -186,8 +186,8 @@ def _fused_mlp_backward(
     pre_NH: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    from expertmesh.kernels.layout import Layout
     from expertmesh.kernels.moe_mlp.fused import run
-    from expertmesh.kernels.moe_mlp.fused.metadata import Layout
 
     *layout, activation, wanted = rest
     return tuple(

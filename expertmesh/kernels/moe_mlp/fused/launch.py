@@ -7,15 +7,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.layout import Layout
 from expertmesh.kernels.moe_mlp.fused.dhidden import dhidden_kernel
 from expertmesh.kernels.moe_mlp.fused.dweight import dweight_kernel
-from expertmesh.kernels.moe_mlp.fused.metadata import Layout
 from expertmesh.kernels.moe_mlp.fused.plan import Tile, Turns
 from expertmesh.kernels.moe_mlp.fused.rows import rows_kernel
 from expertmesh.kernels.moe_mlp.fused.sums import (
     expert_sum_kernel,
     gather_kernel,
-    gather_sum_kernel,
     share_sum_kernel,
 )
 from expertmesh.kernels.moe_mlp.fused.up import up_kernel
@@ -254,35 +253,6 @@ def gather(by_token_RO: Tensor, layout: Layout, choices: int) -> Tensor:
         num_warps=max(1, min(8, columns // 256)),
     )
     return out_NO
-
-
-def sum_choices(
-    rows_ND: Tensor,
-    inverse_N: Tensor,
-    out_RD: Tensor,
-    *,
-    weight_RK: Tensor | None = None,
-    expert_RK: Tensor | None = None,
-    bias_ED: Tensor | None = None,
-) -> Tensor:
-    """Fill ``out_RD`` with the sum over each row's choices, weighted or not."""
-    num_rows, dim = out_RD.shape
-    columns = min(4096, power_of_2(dim))
-    gather_sum_kernel[(num_rows, ceil_div(dim, columns))](
-        rows_ND,
-        inverse_N,
-        weight_RK if weight_RK is not None else rows_ND,
-        expert_RK if bias_ED is not None else inverse_N,
-        bias_ED if bias_ED is not None else rows_ND,
-        out_RD,
-        inverse_N.numel() // num_rows,
-        dim,
-        weight_RK is not None,
-        bias_ED is not None,
-        columns,
-        num_warps=max(1, min(8, columns // 256)),
-    )
-    return out_RD
 
 
 def sum_shares(share_NB: Tensor, inverse_N: Tensor, out_RK: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertmesh.kernels.blocks import ceil_div
+from expertmesh.kernels.layout import Layout
 from expertmesh.kernels.moe_mlp.fused.dhidden_turns import dhidden_turns_kernel
-from expertmesh.kernels.moe_mlp.fused.metadata import Layout
 from expertmesh.kernels.moe_mlp.fused.plan import Turns
 from expertmesh.kernels.moe_mlp.fused.turns import rows_turns_kernel
 

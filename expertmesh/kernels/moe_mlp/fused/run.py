@@ -11,8 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from expertmesh.kernels.choice_sum import sum_choices
+from expertmesh.kernels.layout import Layout, empty_layout, make_layout
 from expertmesh.kernels.moe_mlp.fused import launch
-from expertmesh.kernels.moe_mlp.fused.metadata import Layout, empty_layout, make_layout
 from expertmesh.kernels.moe_mlp.fused.plan import Plan, Turns, plan_for
 
 _known_plan = cache(plan_for)
@@ -65,7 +66,7 @@ def forward(
     out_ND = launch.multiply_rows(
         hidden_NF, down_EDF.unsqueeze(1), layout, plan.down, transposed=True
     )
-    launch.sum_choices(
+    sum_choices(
         out_ND,
         layout.inverse_N,
         y_RD,
@@ -118,7 +119,7 @@ def backward(
     del hidden_NF, dy_ND
     if wants_x:
         dx_ND = launch.multiply_rows(dpre_NH, up_EPFD, layout, plan.dx, transposed=False)
-        dx = launch.sum_choices(dx_ND, layout.inverse_N, torch.empty_like(x_RD))
+        dx = sum_choices(dx_ND, layout.inverse_N, torch.empty_like(x_RD))
         del dx_ND
     if wants_up:
         dup = launch.weight_gradient(

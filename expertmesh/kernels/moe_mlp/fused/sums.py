@@ -27,43 +27,6 @@ def gather_kernel(
         tl.store(out_ptrs, row, mask=column < WIDTH)
 
 
-@triton.jit
-def gather_sum_kernel(
-    rows_ptr,
-    inverse_ptr,
-    weight_ptr,
-    expert_ptr,
-    bias_ptr,
-    out_ptr,
-    CHOICES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """``out[r] = sum_k weight[r, k] (rows[inverse[r, k]] + bias[expert[r, k]])`` in float32."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < WIDTH
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for choice in tl.static_range(CHOICES):
-        position = tl.load(inverse_ptr + row * CHOICES + choice).to(tl.int64)
-        valid = position >= 0
-        real = column < tl.where(valid, WIDTH, 0)
-        value = tl.load(rows_ptr + position * WIDTH + column, mask=real, other=0)
-        value = value.to(tl.float32)
-        if HAS_BIAS:
-            expert = tl.load(expert_ptr + row * CHOICES + choice)
-            bias = tl.load(bias_ptr + expert * WIDTH + column, mask=real, other=0)
-            value += bias.to(tl.float32)
-        if WEIGHTED:
-            weight = tl.load(weight_ptr + row * CHOICES + choice).to(tl.float32)
-            value *= tl.where(valid, weight, 0)
-        total += value
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * WIDTH + column, out, mask=inside)
-
-
 @triton.jit(do_not_specialize=["num_assignments"])
 def share_sum_kernel(
     share_ptr,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertmesh.kernels.grouping import group_by_expert
-from expertmesh.kernels.moe_mlp.fused.metadata import make_layout, most_tiles
+from expertmesh.kernels.layout import make_layout, most_tiles
 
 
 @pytest.mark.parametrize(
