@@ -199,7 +199,8 @@ def gather_sizes(size: int, group: Group) -> list[int]:
     if group.process_group is None:
         return [size]
     sizes = torch.empty(group.size, dtype=torch.int64, device=group.device)
-    own = torch.tensor([size], device=group.device)
+    # Filled, not copied: a copy from the host would wait once more.
+    own = torch.full((1,), size, dtype=torch.int64, device=group.device)
     _gather_single(sizes, own, group=group.process_group)
     group.traffic.add("sizes", (group.size - 1) * own.element_size())
     return sizes.tolist()

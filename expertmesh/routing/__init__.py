@@ -6,6 +6,7 @@ from expertmesh.routing.bias import SelectionBias, update_selection_bias
 from expertmesh.routing.capacity import Capacity
 from expertmesh.routing.cosine import CosineRouter
 from expertmesh.routing.entropy import GlobalEntropyLoss, LocalEntropyLoss
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.expert_choice import ExpertChoiceRouter, TokenCap
 from expertmesh.routing.fixed import FixedRouter, RoundRobinRouter, UniformRouter
 from expertmesh.routing.granularity import PerSequence, PerTask
@@ -21,7 +22,6 @@ from expertmesh.routing.hash_tables import (
 from expertmesh.routing.hierarchical import HierarchicalLoadLoss, HierarchicalRouter
 from expertmesh.routing.losses import (
     BalanceLoss,
-    Evidence,
     ImportanceLoss,
     LoadBalancingLoss,
     LoadLoss,

@@ -13,11 +13,11 @@ from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
 from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.group_losses import DeviceBalanceLoss
 from expertmesh.routing.logits import wide_logits, without_padding
 from expertmesh.routing.losses import (
     BalanceLoss,
-    Evidence,
     LoadBalancingLoss,
     LoadLoss,
     by_name,
@@ -64,8 +64,8 @@ class ThresholdLoss(BalanceLoss):
         over_TE = evidence.score_TE - evidence.threshold_E
         wrong_TE = (over_TE > 0).to(over_TE.dtype)
         wrong_TE = wrong_TE - (evidence.chosen_TK < evidence.num_experts).to(over_TE.dtype)
-        total = evidence.total((wrong_TE * over_TE).sum(dim=1), "micro_batch").sum()
-        return self.coef * total / evidence.num_tokens("micro_batch").sum().clamp_min(1)
+        (mean_1,) = evidence.per_token(((wrong_TE * over_TE).sum(dim=1),), "micro_batch")
+        return self.coef * mean_1.reshape(())
 
 
 @final

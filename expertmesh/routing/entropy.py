@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError
-from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.evidence import Evidence
+from expertmesh.routing.losses import BalanceLoss
 from expertmesh.routing.scope import Scope, check_scope
 
 
@@ -39,8 +40,8 @@ class LocalEntropyLoss(BalanceLoss):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         entropy_T = entropy(evidence.probability_TE())
-        total = evidence.total(entropy_T, "micro_batch").sum()
-        return self.coef * total / evidence.num_tokens("micro_batch").sum().clamp_min(1)
+        (mean_1,) = evidence.per_token((entropy_T,), "micro_batch")
+        return self.coef * mean_1.reshape(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,7 @@ class GlobalEntropyLoss(BalanceLoss):
         check_scope("entropy loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        tokens_G1 = evidence.num_tokens(self.scope).clamp_min(1)[:, None]
-        mean_GE = evidence.total(evidence.probability_TE(), self.scope) / tokens_G1
+        (mean_GE,) = evidence.per_token((evidence.probability_TE(),), self.scope)
         value_G = -entropy(mean_GE)
         if self.threshold is not None:
             highest = math.log(evidence.num_experts)

@@ -1,5 +1,6 @@
 """Expert Choice: each expert takes the tokens that score highest (arXiv 2202.09368)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -56,7 +57,9 @@ class TokenCap:
 
     def assign(self, score_GSE: Tensor, slots: int) -> Tensor:
         """A for each group: ``(G, S, E)`` scores, -1 for padding, to ``(G, S, E)``."""
-        log_most, log_slots = torch.tensor([self.most, slots]).log().to(score_GSE).unbind()
+        if score_GSE.numel() == 0:
+            return score_GSE
+        log_most, log_slots = math.log(self.most), math.log(slots)
         # Prices of the three constraints; A is exp((scores + seats - tokens - box) / temperature).
         seat_G1E = torch.zeros_like(score_GSE[:, :1])
         token_GS1 = torch.zeros_like(score_GSE[:, :, :1])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError
-from expertmesh.routing.losses import BalanceLoss, Evidence
+from expertmesh.routing.evidence import Evidence
+from expertmesh.routing.losses import BalanceLoss
 from expertmesh.routing.scope import Scope, check_scope
 
 
@@ -25,13 +26,6 @@ def _check_groups(name: str, num_groups: int, num_experts: int) -> None:
 def _check_positive(name: str, field: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{field} of the {name} loss must be a whole number above 0, got {value!r}")
-
-
-def _group_probability(evidence: Evidence, num_groups: int, scope: Scope) -> Tensor:
-    """P'_d, the mean probability of a token for the experts of each group: ``(scopes, D)``."""
-    tokens_G1 = evidence.num_tokens(scope).clamp_min(1)[:, None]
-    mean_GE = evidence.total(evidence.probability_TE(), scope) / tokens_G1
-    return mean_GE.unflatten(1, (num_groups, -1)).sum(dim=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +98,7 @@ class CommunicationBalanceLoss(BalanceLoss):
         _check_groups(self.name, self.num_groups, evidence.num_experts)
         hits_TE = evidence.spread(torch.ones_like(evidence.gate_TK), evidence.chosen_TK)
         reached_TD = hits_TE.unflatten(1, (self.num_groups, -1)).amax(dim=2)
-        tokens_G1 = evidence.num_tokens(self.scope).clamp_min(1)[:, None]
-        share_GD = evidence.total(reached_TD, self.scope) / tokens_G1
+        share_GD, p_GE = evidence.per_token((reached_TD, evidence.probability_TE()), self.scope)
         share_GD = share_GD * (self.num_groups / self.kept)
-        p_GD = _group_probability(evidence, self.num_groups, self.scope)
+        p_GD = p_GE.unflatten(1, (self.num_groups, -1)).sum(dim=2)
         return self.coef * evidence.mean((share_GD.detach() * p_GD).sum(dim=1), self.scope)

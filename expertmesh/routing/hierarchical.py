@@ -14,10 +14,10 @@ from expertmesh.random import RandomKey
 from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.logits import wide_dtype, without_padding
 from expertmesh.routing.losses import (
     BalanceLoss,
-    Evidence,
     LoadLoss,
     LoadVariation,
     ZLoss,
@@ -83,7 +83,6 @@ def two_level_load(evidence: TwoLevelEvidence, scope: Scope) -> Tensor:
     """``Load_H`` of each group of tokens, ``(groups, E)``; see ``HierarchicalLoadLoss``."""
     num_tokens, num_groups = evidence.primary.clean_TE.shape
     size = evidence.num_experts // num_groups
-    primary_XG = evidence.total(smooth_load(evidence.primary, evidence.k_groups), scope)
     if evidence.secondary.std_TE is None:
         std_TE = None
     else:
@@ -97,8 +96,9 @@ def two_level_load(evidence: TwoLevelEvidence, scope: Scope) -> Tensor:
     chance_TGM = smooth_load(inner, evidence.k_each).view(num_tokens, num_groups, size)
     hits_TE = evidence.spread(torch.ones_like(evidence.gate_TK), evidence.chosen_TK)
     member_TG = (hits_TE.view(num_tokens, num_groups, size).sum(dim=2) > 0).to(hits_TE.dtype)
-    within_XGM = evidence.total(chance_TGM * member_TG[:, :, None], scope)
-    members_XG = evidence.total(member_TG, scope)
+    primary_TG = smooth_load(evidence.primary, evidence.k_groups)
+    within_TGM = chance_TGM * member_TG[:, :, None]
+    primary_XG, members_XG, within_XGM = evidence.totals((primary_TG, member_TG, within_TGM), scope)
     load_XGM = (primary_XG / members_XG.clamp_min(1))[:, :, None] * within_XGM
     return load_XGM.flatten(1)
 

@@ -7,135 +7,19 @@ form is meant.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError
-from expertmesh.kernels.router import counts, router_balance, router_sums, router_z
-from expertmesh.random import RandomKey
+from expertmesh.kernels.router import counts, router_balance, router_z
 from expertmesh.routing.checks import check_option
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.noise import NoisyLogits
-from expertmesh.routing.population import Alone, Population
 from expertmesh.routing.scope import Scope, check_scope, scope_size
 from expertmesh.routing.selection import top_k
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What a loss may look at: one layer's scores and choices for one micro-batch.
-
-    Attributes:
-        logits: Router logits with and without noise.
-        score_TE: ``(T, E)`` softmax or sigmoid scores, with gradient.
-        chosen_TK: int64 ``(T, K)`` choices before capacity; E marks skipped choices and padding.
-        gate_TK: ``(T, K)`` combine weights before capacity.
-        padding_mask: bool ``(T,)``, True for padding, or None.
-        sequence_length: Tokens of a sequence on this rank, or None.
-        population: The ranks whose tokens form the micro-batch.
-        key: Says where each token stands in it, or None.
-        norm_T: logsumexp of the logits without noise, with gradient, where it is known already.
-        softmax: Whether ``score_TE`` came out of a softmax.
-    """
-
-    logits: NoisyLogits
-    score_TE: Tensor
-    chosen_TK: Tensor
-    gate_TK: Tensor
-    padding_mask: Tensor | None
-    sequence_length: int | None
-    population: Population
-    key: RandomKey | None
-    norm_T: Tensor | None = None
-    softmax: bool = False
-    _num_tokens: dict[Scope, Tensor] = field(default_factory=dict, init=False)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.score_TE.shape[1]
-
-    @property
-    def k(self) -> int:
-        """Choices per token."""
-        return self.chosen_TK.shape[1]
-
-    def probability_TE(self) -> Tensor:
-        """Scores as a distribution over experts (sigmoid scores divided by their sum)."""
-        total_T1 = self.score_TE.sum(dim=1, keepdim=True)
-        return self.score_TE / total_T1.clamp_min(torch.finfo(total_T1.dtype).tiny)
-
-    def spread(self, value_TK: Tensor, chosen_TK: Tensor) -> Tensor:
-        """``(T, K)`` values laid out by expert, ``(T, E)``; sentinels left out."""
-        num_tokens, num_experts = self.score_TE.shape
-        out = value_TK.new_zeros(num_tokens, num_experts + 1)
-        return out.scatter_add(1, chosen_TK, value_TK)[:, :num_experts]
-
-    def total(self, value_TE: Tensor, scope: Scope) -> Tensor:
-        """Sums over the valid tokens of each group: ``(T, ...)`` to ``(groups, ...)``.
-
-        A group's tokens may lie on several ranks. Groups are all of the micro-batch's, or, of
-        sequences, those that this rank has a part of.
-        """
-        if self.padding_mask is not None:
-            mask = self.padding_mask.view(-1, *[1] * (value_TE.dim() - 1))
-            value_TE = torch.where(mask, torch.zeros_like(value_TE), value_TE)
-        if scope == "sequence":
-            size = scope_size(scope, len(value_TE), self.sequence_length)
-            value_GE = value_TE.reshape(-1, size, *value_TE.shape[1:]).sum(dim=1)
-            return self.population.sequence_total(value_GE)
-        if scope == "micro_batch":
-            return self.population.total(value_TE.unsqueeze(0).sum(dim=1))
-        order = self.population.arrange(len(value_TE), self.sequence_length, self.key)
-        size = scope_size(scope, order.num_tokens, None)
-        return self.population.total(order.group_sums(value_TE, size))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether these are all tokens of the micro-batch, and none of them is padding."""
-        alone = isinstance(self.population, Alone)
-        return alone and self.padding_mask is None and len(self.score_TE) > 0
-
-    def mean(self, value_G: Tensor, scope: Scope) -> Tensor:
-        """Mean over the groups that hold a token; 0 if none does."""
-        if self.is_whole:
-            return value_G.mean() if len(value_G) > 1 else value_G.reshape(())
-        occupied_G = self.num_tokens(scope) > 0
-        if scope == "micro_batch":
-            return torch.where(occupied_G, value_G, 0).reshape(())
-        kept = torch.where(occupied_G, value_G, torch.zeros_like(value_G)).sum()
-        number = occupied_G.sum().to(kept.dtype)
-        if scope == "sequence":
-            # Every rank that has a part of a sequence counts it, above and below the line.
-            kept = self.population.total(kept, copies=self.population.ranks_per_sequence)
-            number = self.population.total(number)
-        return kept / number.clamp_min(1)
-
-    def num_tokens(self, scope: Scope) -> Tensor:
-        """Valid tokens of each group, ``(groups,)``, in the scores' dtype; asked for once."""
-        if scope not in self._num_tokens:
-            self._num_tokens[scope] = self.total(torch.ones_like(self.score_TE[:, 0]), scope)
-        return self._num_tokens[scope]
-
-    def load_and_probability(self, chosen_TK: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
-        """Means over the tokens of each group, ``(groups, E)``: choices of e, probability of e.
-
-        One exchange between ranks, which brings the number of tokens too.
-        """
-        num_experts = self.num_experts
-        split = not isinstance(self.population, Alone) and self.padding_mask is None
-        if split and scope == "micro_batch" and counts(self.score_TE):
-            sum_1X = router_sums(self.score_TE, chosen_TK, softmax=self.softmax).unsqueeze(0)
-            sum_GX = self.population.total(sum_1X)
-        else:
-            hits_TE = self.spread(torch.ones_like(chosen_TK, dtype=self.score_TE.dtype), chosen_TK)
-            ones_T1 = torch.ones_like(self.score_TE[:, :1])
-            sum_GX = self.total(torch.cat([hits_TE, self.probability_TE(), ones_T1], 1), scope)
-        self._num_tokens[scope] = sum_GX[:, -1].detach()
-        mean_GX = sum_GX / sum_GX[:, -1:].detach().clamp_min(1)
-        return mean_GX[:, :num_experts].detach(), mean_GX[:, num_experts:-1]
 
 
 class BalanceLoss(ABC):
@@ -402,6 +286,5 @@ class ZLoss(BalanceLoss):
         square_T = (logits_TE.logsumexp(dim=1) if norm_T is None else norm_T) ** 2
         if evidence.is_whole:
             return self.coef * square_T.mean()
-        total_1 = evidence.total(square_T, "micro_batch")
-        mean_1 = total_1 / evidence.num_tokens("micro_batch").clamp_min(1)
+        (mean_1,) = evidence.per_token((square_T,), "micro_batch")
         return self.coef * mean_1.reshape(())

@@ -11,8 +11,9 @@ from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
 from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.logits import wide_logits, without_padding
-from expertmesh.routing.losses import BalanceLoss, Evidence, by_name, check_names
+from expertmesh.routing.losses import BalanceLoss, by_name, check_names
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router

@@ -16,9 +16,10 @@ from expertmesh.routing.capacity import Capacity
 from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.logits import without_padding
-from expertmesh.routing.losses import BalanceLoss, Evidence, by_name, check_names
+from expertmesh.routing.losses import BalanceLoss, by_name, check_names
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.population import Alone, Arrangement
 from expertmesh.routing.replay import recorded
