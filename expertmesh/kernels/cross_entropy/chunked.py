@@ -115,11 +115,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the weight's gradient is as large as the weight. A second backward pass is
-        # refused by torch, which sees that what was saved has changed.
-        gradients = [
-            None if saved is None else saved.mul_(grad.to(saved.dtype))
-            for saved in ctx.saved_tensors
-        ]
+        # refused by torch, which sees that what was saved has changed. A tensor of one dimension is
+        # not rounded to the dtype of what it multiplies, by which all layers below would be scaled.
+        grad_1 = grad.view(1)
+        gradients = [None if saved is None else saved.mul_(grad_1) for saved in ctx.saved_tensors]
         return *gradients, None, None, None, None, None
 
 

@@ -180,6 +180,24 @@ def test_bfloat16_weights_get_a_bfloat16_gradient() -> None:
     assert_close("weight", grad_VD.double(), exact[2], 2e-2)
 
 
+@pytest.mark.parametrize("scale", [1 / 769, 1 / 3, 3e-6])
+def test_what_the_loss_is_multiplied_by_is_not_rounded(scale: float) -> None:
+    """Rounded to bfloat16 it would scale all gradients below by up to 0.4 % too much."""
+    torch.manual_seed(6)
+    hidden, weight_VD = torch.randn(500, 16).bfloat16(), torch.randn(300, 16).bfloat16()
+    targets = torch.randint(300, (500,))
+    _, *once = values_and_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight_VD, 1.0
+    )
+    _, *scaled = values_and_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight_VD, scale
+    )
+    for whole, part in zip(once, scaled, strict=True):
+        whole, part = whole.double().flatten(), part.double().flatten()
+        ratio = float(whole @ part / (whole @ whole))
+        assert ratio == pytest.approx(scale, rel=1e-3)
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     hidden = torch.randn(2, 3, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(4, 3), torch.tensor([0, 1]))
