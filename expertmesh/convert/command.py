@@ -1,7 +1,8 @@
 """What ``expertmesh convert`` does: from one folder to another, or two folders compared."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,17 @@ def convert(
         UserError: If the source does not fit or is the folder to write, or something cannot be
             written or differs when it is read back; then nothing is left.
     """
-    if final.exists() and final.samefile(given.source.path):
-        raise UserError(f"{final} is what is read; give the path of another folder to write")
+    # Of a link the folder that it leads to, so that all is written on that disk.
+    final = final.resolve()
+    read = given.source.path.resolve()
+    if final == read or final in read.parents:
+        holds = "is" if final == read else "holds"
+        raise UserError(f"{final} {holds} what is read; give the path of another folder to write")
     wanted = family.layout(given.config, kind)
     tensors = converted(given.source, given.files, wanted, dtype)
     config = _config(family, given, tensors)
     also = _tokenizer(tokenizer, given.source.path)
-    unfinished = folders.begin(final)
-    try:
+    with _written(final) as unfinished:
         destination: Destination
         if kind == "t5x":
             destination = T5xDestination(unfinished, tensors)
@@ -139,11 +143,22 @@ def convert(
             destination = SafetensorsDestination(unfinished, tensors, shard_bytes)
         transfer(given.source, given.files, wanted, destination, config, progress)
         folders.copy_into(unfinished, also)
-        folders.finish(unfinished, final)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return tensors
+
+
+@contextmanager
+def _written(final: Path) -> Iterator[Path]:
+    """A folder to fill, which then gets its name; of one that cannot be filled nothing is left."""
+    try:
+        unfinished = folders.begin(final)
+        try:
+            yield unfinished
+            folders.finish(unfinished, final)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror or error}") from error
 
 
 def verify(

@@ -26,8 +26,8 @@ _NEEDED = (
 )
 # What no decoder here is, where a key says it.
 _FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
-# Options of the router that keys say.
-SAID = ("balance_coef", "renormalize")
+# Options of the router that keys of every family say.
+_SAID = ("balance_coef",)
 
 
 class ExpertNames(NamedTuple):
@@ -55,6 +55,7 @@ class LlamaLike(Family):
         experts: Names in published files.
         qk_norm: As in ``DecoderConfig``.
         router: The router's preset.
+        said: Values of the router's options that keys of this family alone say.
     """
 
     kinds = KINDS
@@ -63,13 +64,17 @@ class LlamaLike(Family):
     experts: ExpertNames
     qk_norm: Literal["none", "head", "full"]
     router: str
+    said: tuple[tuple[str, Any], ...] = ()
 
     def recognises(self, keys: Mapping[str, Any]) -> bool:
         return keys.get("model_type") == self.model_type
 
     def decoder_config(self, keys: Mapping[str, Any]) -> DecoderConfig:
         check_keys(keys, self.name)
-        fields = shared_fields(keys) | self.own_fields(keys)
+        try:
+            fields = shared_fields(keys) | self.own_fields(keys)
+        except KeyError as error:
+            raise _lacking(str(error.args[0]), self.name) from error
         options = dict(keys.get("router_options", {})) | fields.pop("router_options")
         if (coef := keys.get("router_aux_loss_coef")) is not None:
             options["balance_coef"] = coef
@@ -81,7 +86,11 @@ class LlamaLike(Family):
         self.check(config)
         keys = {"architectures": [self.architecture], "model_type": self.model_type}
         keys |= shared_keys(config) | self.own_keys(config)
-        options = {k: v for k, v in config.router_options.items() if k not in SAID}
+        options = {
+            key: value
+            for key, value in config.router_options.items()
+            if key not in _SAID and (key, value) not in self.said
+        }
         return keys | ({"router_options": options} if options else {})
 
     def layout(self, config: DecoderConfig, kind: str) -> Layout:
@@ -117,7 +126,7 @@ class LlamaLike(Family):
 
     def check(self, config: DecoderConfig) -> None:
         """Raise unless a model is of this family."""
-        if wrong := unlike(vars(config), self.fixed()):
+        if wrong := unlike(vars(config), self.fixed() | _usual_experts(config)):
             raise UserError(f"{self.name} has no model with {wrong}")
 
     def _pieces(self, config: DecoderConfig, kind: str) -> Iterator[Piece]:
@@ -163,11 +172,20 @@ class LlamaLike(Family):
 def check_keys(keys: Mapping[str, Any], name: str) -> None:
     """Raise if keys are missing that every one of these models has, or say what none is."""
     if missing := [key for key in _NEEDED if keys.get(key) is None]:
-        raise UserError(f"the configuration has no {', '.join(missing)}; expected {name}'s keys")
+        raise _lacking(", ".join(missing), name)
     refuse(keys, _FIXED, name)
     kind = (keys.get("rope_parameters") or {}).get("rope_type", "default")
     if kind != "default":
         raise UserError(f"rope_type = {kind!r} is not supported (expected 'default')")
+
+
+def _lacking(missing: str, name: str) -> UserError:
+    return UserError(f"the configuration has no {missing}; expected {name}'s keys")
+
+
+def _usual_experts(config: DecoderConfig) -> dict[str, Any]:
+    """What ``expert_form`` must be: no key says that experts are of another model's form."""
+    return {"expert_form": "plain" if config.expert_form == "plain" else "auto"}
 
 
 def refuse(keys: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from expertmesh.convert.source import INDEX, SINGLE, Stored
+from expertmesh.convert.tokenizer import name_beside_model
 from expertmesh.errors import UserError
 from expertmesh.parallel.checkpoint import flush_folder, write_json
 from expertmesh.parallel.checkpoint.files import DTYPES, as_bytes, dtype_name, header
@@ -100,13 +101,20 @@ def begin(final: Path) -> Path:
     Raises:
         UserError: If ``final`` holds anything but such a folder written earlier.
     """
-    ours = (final / MANIFEST).is_file() or (final.is_dir() and not any(final.iterdir()))
-    if final.exists() and not ours:
+    if final.exists() and not _may_go(final):
         raise UserError(f"{final} holds other files; give the path of a new folder")
     folder = unfinished(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def _may_go(folder: Path) -> bool:
+    """Whether a folder is empty, or was written here: other programs have manifests too."""
+    try:
+        return not any(folder.iterdir()) or bool(read_manifest(folder))
+    except (UserError, NotADirectoryError):
+        return False
 
 
 def describe(
@@ -166,9 +174,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def copy_into(folder: Path, files: Iterable[Path]) -> None:
-    """Copy files, such as a tokenizer's."""
+    """Copy a tokenizer's files."""
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, folder / name_beside_model(file))
 
 
 def finish(folder: Path, final: Path) -> None:

@@ -23,6 +23,7 @@ class Qwen3Moe(LlamaLike):
     )
     qk_norm = "head"
     router = "qwen3_moe"
+    said = (("renormalize", "no"), ("renormalize", "chosen"))
 
     def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:
         refuse(keys, {"use_sliding_window": False}, self.name)

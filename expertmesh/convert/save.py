@@ -55,6 +55,8 @@ def save(
     Raises:
         UserError: On every rank, if the folder cannot be written; then nothing of it is left.
     """
+    # Of a link the folder that it leads to, so that all is written on that disk.
+    final = final.resolve()
     ranks = Agreement(group)
     saving = _Saving(model, layout, ranks, group, dtype, shard_bytes, slab_bytes)
     unfinished = folders.unfinished(final)

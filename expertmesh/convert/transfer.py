@@ -1,6 +1,7 @@
 """From one layout into another of the same model, a slab at a time, and whether it went well."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from expertmesh.convert.check import check_floating, check_tensors, named
 from expertmesh.convert.destination import Destination, hash_of
 from expertmesh.convert.folder import aligned, read_manifest
-from expertmesh.convert.layout import Layout
+from expertmesh.convert.layout import Layout, Piece
 from expertmesh.convert.slabs import slabs
 from expertmesh.convert.source import Source, Stored
 from expertmesh.errors import UserError
@@ -28,7 +29,8 @@ def converted(
         source: Where the values are.
         files: How they lie there.
         wanted: How they are to lie.
-        dtype: Of the result; None keeps what each has.
+        dtype: Of the result; None keeps what each has. What is made of tensors of several dtypes
+            has one that holds all their values.
 
     Raises:
         UserError: Naming all tensors of the source that are missing, unexpected or misshapen.
@@ -37,10 +39,19 @@ def converted(
     check_floating(source.tensors, str(source.path))
     tensors = {}
     for name, shape in wanted.their_shapes.items():
-        first = wanted.of_theirs[name][0]
-        origin = next(p for p in files.of_ours[first.ours] if p.box.overlap(first.box))
-        tensors[name] = Stored(dtype or source.tensors[origin.theirs].dtype, shape)
+        tensors[name] = Stored(dtype or _dtype_of(wanted.of_theirs[name], source, files), shape)
     return aligned(tensors)
+
+
+def _dtype_of(pieces: Iterable[Piece], source: Source, files: Layout) -> torch.dtype:
+    """The dtype of what is there, or the narrowest that holds several."""
+    found = {
+        source.tensors[origin.theirs].dtype
+        for piece in pieces
+        for origin in files.of_ours[piece.ours]
+        if origin.box.overlap(piece.box)
+    }
+    return functools.reduce(torch.promote_types, found)
 
 
 def transfer(

@@ -1,5 +1,6 @@
 """What a ``[data]`` table turns into: data sets to train on and to evaluate on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ def build_data(config: DataConfig, *, say: Say = say_to_stderr) -> DataBundle:
     }
     return DataBundle(
         train=_mixed(train, weights),
-        val=_mixed(val, weights) if val else None,
+        # Evaluation goes through them in order, so all of them are in it, whatever their weights.
+        val=_mixed(val, {source: len(dataset) for source, dataset in val.items()}) if val else None,
         tokenizer=tokenizer,
         provenance={
             "tokenizer": config.tokenizer,
@@ -181,5 +183,5 @@ def _sizes(found: dict[str, Dataset]) -> dict[str, int]:
     return {f"{part}_samples": len(dataset) for part, dataset in found.items()}
 
 
-def _mixed(parts: dict[str, Dataset], weights: dict[str, float]) -> Dataset:
+def _mixed(parts: dict[str, Dataset], weights: Mapping[str, float]) -> Dataset:
     return Mixture(parts, weights) if len(parts) > 1 else next(iter(parts.values()))

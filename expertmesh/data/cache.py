@@ -6,14 +6,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from expertmesh.errors import UserError
 
+T = TypeVar("T")
+
 MANIFEST = "manifest.json"
+# Looks at a folder that other processes take away or make anew meanwhile; one damaged copy costs
+# each process one or two.
+_LOOKS = 5
 # A full disk, no permission, or a file where a folder should be: the user's to mend.
 _NO_ROOM = {
     errno.ENOSPC,
@@ -98,9 +103,55 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
 def discard(folder: Path) -> None:
     """Remove a cached folder; it leaves its name at once, so that nobody sees half of it."""
     if folder.exists():
-        with scratch(folder.parent) as temporary:
+        # Another process may have removed it since.
+        with scratch(folder.parent) as temporary, suppress(FileNotFoundError):
             folder.rename(temporary / folder.name)
             shutil.rmtree(temporary / folder.name)
+
+
+def made_once(
+    folder: Path,
+    load: Callable[[Path], T],
+    make: Callable[[], None],
+    say: Callable[[str], None],
+) -> T:
+    """What is in a cached folder, which is made if it is absent, and made anew if it is damaged.
+
+    Any number of processes may do so at once, as the ranks of a run do.
+
+    Args:
+        folder: The folder.
+        load: Reads it; a UserError means damage.
+        make: Makes it with ``building``.
+        say: Told of damage.
+
+    Raises:
+        UserError: If it is damaged again and again.
+    """
+    looks = 0
+    while True:
+        looks += 1
+        if not folder.exists():
+            make()
+        before = _mark(folder)
+        try:
+            return load(folder)
+        except (UserError, FileNotFoundError) as error:
+            if looks == _LOOKS:
+                raise
+            # What another process put there meanwhile is not what was found damaged.
+            if before is not None and before == _mark(folder):
+                say(str(error))
+                discard(folder)
+
+
+def _mark(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from another of its name; None if there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def verified(folder: Path, mend: str) -> dict[str, Any]:

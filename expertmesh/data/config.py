@@ -1,5 +1,6 @@
 """The ``[data]`` table of a run file."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,6 +47,9 @@ class DataConfig:
                 "data: set either source (one data set) or mix (several with weights), "
                 f"got source={self.source!r} and mix={self.mix!r}"
             )
+        for name, weight in self.mix.items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.mix[{name!r}] must be a positive number, got {weight}")
         if self.seq_len < 1:
             raise UserError(f"data.seq_len must be at least 1, got {self.seq_len}")
         if not 0 <= self.val_fraction < 1:

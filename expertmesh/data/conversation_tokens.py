@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.data.cache import building, cache_root, discard, verified
+from expertmesh.data.cache import building, cache_root, made_once, verified
 from expertmesh.data.conversation import Conversation, Turn, conversation
 from expertmesh.data.fetch import Say, say_to_stderr
 from expertmesh.data.hub import PREFIX, HubSource
@@ -25,8 +25,9 @@ from expertmesh.data.tokenizer import Tokenizer
 from expertmesh.data.tokens import StreamWriter, TokenStream, id_dtype, open_stream
 from expertmesh.errors import UserError
 
-# Change when the files' layout or the split changes: old caches are then not read.
-_FORMAT = 1
+# Change when the files' layout, the split or what is read of a text changes: old caches are then
+# not read.
+_FORMAT = 2
 _PROBE = Conversation((Turn("a", "b"), Turn("c", "d", "")), "e")
 
 
@@ -102,6 +103,11 @@ def read_conversations(
 
 def _hub(source: str, fields: tuple[str, ...]) -> Conversations:
     parts = HubSource.parse(source)
+    if parts.field:
+        raise UserError(
+            f"data.source {source!r} names one field, {parts.field!r}, but a conversation has two; "
+            "leave it out, and name the question's and the answer's in data.fields"
+        )
     table = parts.load()
 
     def read() -> Iterator[Conversation]:
@@ -141,16 +147,13 @@ def tokenize_conversations(
     recipe = [conversations.identity, tokenizer.identity, template.pieces(_PROBE), val_fraction]
     key = hashlib.sha256(json.dumps([_FORMAT, "conversations", recipe]).encode()).hexdigest()[:24]
     folder = cache_root(cache) / "tokens" / key
-    if folder.exists():
-        try:
-            return _load(folder)
-        except UserError as error:
-            say(str(error))
-            discard(folder)
-    facts: dict[str, Any] = {}
-    with building(folder, facts) as work:
-        facts |= _write(work, conversations, template, tokenizer, val_fraction)
-    return _load(folder)
+
+    def make() -> None:
+        facts: dict[str, Any] = {}
+        with building(folder, facts) as work:
+            facts |= _write(work, conversations, template, tokenizer, val_fraction)
+
+    return made_once(folder, _load, make, say)
 
 
 def _load(folder: Path) -> LearnedTokens:
@@ -192,6 +195,11 @@ def _write(
                 continue
             part = val if _question(one) in held_out else train
             part.add(*tokens_of(one, template, tokenizer))
+    if val.ids.num_documents and not train.ids.num_documents:
+        raise UserError(
+            f"data.val_fraction={val_fraction} holds out all {val.ids.num_documents} conversations "
+            f"of data.source {source!r} that have an answer; set a lower one"
+        )
     if not train.ids.num_documents:
         raise UserError(f"data.source {source!r} holds no conversation with an answer to train on")
     return {

@@ -1,5 +1,6 @@
 """Tables of the Hugging Face hub, and folders in its layout, through the ``datasets`` library."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from expertmesh.errors import UserError, require
 PREFIX = "hf:"
 """Begins a source that is read through ``datasets``."""
 _CONVERTED = "refs/convert/parquet"
+# Not the one of a slice: `train[:10%]` is a split.
+_COLON = re.compile(r":(?![^\[]*\])")
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,16 @@ class HubSource:
 
     @staticmethod
     def parse(source: str) -> "HubSource":
-        """The parts of a source; the split is ``train`` unless given.
+        """The parts of a source; the split is ``train`` unless given, and may be a slice of one.
 
         Raises:
-            UserError: If it names no data set.
+            UserError: If it names no data set, or has more parts.
         """
-        name, split, field = [*source.removeprefix(PREFIX).split(":"), "", ""][:3]
+        name, split, field, *more = [*_COLON.split(source.removeprefix(PREFIX)), "", ""]
+        if any(more):
+            raise UserError(
+                f"data.source {source!r} has too many parts; write hf:NAME[@CONFIG][:SPLIT[:FIELD]]"
+            )
         name, _, config = name.partition("@")
         if not name:
             raise UserError(f"data.source {source!r} names no data set; write hf:NAME")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertmesh.data.dataset import IGNORE, Dataset, Sample
+from expertmesh.data.decimals import as_written
 from expertmesh.errors import UserError
 from expertmesh.random import fold
 
@@ -96,7 +97,7 @@ class Loader:
         """Steps after which each place of so many epochs was taken; the last may go beyond."""
         if not 0 < epochs < math.inf:
             raise UserError(f"epochs must be a positive number, got {epochs}")
-        return math.ceil(epochs * len(self.dataset) / self.batch_size)
+        return math.ceil(as_written(epochs) * len(self.dataset) / self.batch_size)
 
     def epoch(self, step: int) -> float:
         """Epochs taken before a step: 1.5 is the middle of the second."""

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +45,7 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Records:
         yield from RECORD_READERS[ending(path)](path, columns)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not a readable gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -143,13 +144,27 @@ def _csv(path: Path, columns: Sequence[str]) -> Records:
     before = csv.field_size_limit(_CSV_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
+            # Otherwise a file that ends within quotation marks is taken for whole.
+            reader = csv.DictReader(lines, strict=True)
             for record in reader:
-                yield f"{path}:{reader.line_num}", record
+                where = f"{path}:{reader.line_num}"
+                _check_width(record, reader.fieldnames or (), where)
+                yield where, record
     except csv.Error as error:
         raise UserError(f"{path} is not readable CSV: {error}") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _check_width(record: dict[Any, Any], names: Sequence[str], where: str) -> None:
+    """Raise if a row is not as long as the header; what is beyond it would be lost."""
+    beyond = record.pop(None, [])
+    given = len(beyond) + sum(value is not None for value in record.values())
+    if any(beyond) or None in record.values():
+        raise UserError(
+            f"{where} has {given} fields, the header {len(names)}; put a text that holds commas "
+            "or line breaks between quotation marks"
+        )
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Records:

@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 
 from expertmesh.data.cache import file_sha256
-from expertmesh.data.tokenizer import ByteTokenizer, Ids, Tokenizer, printable
+from expertmesh.data.tokenizer import ByteTokenizer, Ids, Tokenizer, printable, without_surrogates
 
 BYTE_SENTINELS = "byte-ul2"
 """Name of bytes with sentinels in a run file."""
@@ -73,7 +73,7 @@ class T5Tokenizer(Tokenizer):
         self.identity = f"t5:{self.vocab_size}:{file_sha256(path)}"
 
     def encode(self, text: str) -> Ids:
-        return np.asarray(self._inner.encode(text), np.int32)
+        return np.asarray(self._inner.encode(without_surrogates(text)), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         # A model's rows may go beyond the vocabulary: 256,384 of them for umT5's 256,300 ids.

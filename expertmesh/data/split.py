@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from expertmesh.data.decimals import as_written
 from expertmesh.errors import UserError
 
 ENOUGH_DOCUMENTS = 100
@@ -66,7 +67,7 @@ class HeldOut:
             if len(digests) > _EXACT_DOCUMENTS:
                 limit = int(share * (1 << 8 * _DIGEST_BYTES))
                 return HeldOut(len(digests), limit.to_bytes(_DIGEST_BYTES, "big"))
-        count = math.ceil(share * len(digests))
+        count = math.ceil(as_written(share) * len(digests))
         return HeldOut(len(digests), sorted(digests)[count - 1] if count else b"")
 
     def __contains__(self, text: str) -> bool:
@@ -79,7 +80,7 @@ def _digest(text: str) -> bytes:
 
 def _tails(documents: Iterator[str], val_fraction: float) -> Iterator[tuple[str, str]]:
     for text in documents:
-        cut = min(len(text), math.ceil(len(text) * (1 - val_fraction)))
+        cut = min(len(text), math.ceil(len(text) * (1 - as_written(val_fraction))))
         line_end = text.find("\n", cut - 1)
         if 0 <= line_end < len(text) - 1:
             cut = line_end + 1

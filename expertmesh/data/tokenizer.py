@@ -89,7 +89,13 @@ class HFTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         files = _hf_files(path)
         self._inner = _load_bpe(*files) if len(files) == 2 else _load_json(files[0])
-        self.vocab_size = self._inner.get_vocab_size(with_added_tokens=True)
+        # A file may say to cut or to fill what it is given; a document has all its tokens and no
+        # others.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        # Not the number of tokens: a vocabulary may have holes.
+        ids = self._inner.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)
         named = _special_names(files[0].parent)
         self.eos_id = self._special(named.get("eos_token"), _EOS_NAMES, path)
         pad = [named["pad_token"]] if named.get("pad_token") else _PAD_NAMES
@@ -98,6 +104,11 @@ class HFTokenizer(Tokenizer):
         if named.get("bos_token"):
             self.bos_id = self._special(named["bos_token"], (), path)
         self.identity = "hf:" + ",".join(file_sha256(file) for file in files)
+        # What the files that are hashed do not say, but a config beside them does.
+        ends = map(self._inner.token_to_id, _EOS_NAMES)
+        usual = next((token_id for token_id in ends if token_id is not None), None)
+        if (self.bos_id, self.eos_id) != (None, usual):
+            self.identity += f";bos={self.bos_id};eos={self.eos_id}"
 
     def _special(self, name: str | None, usual: Sequence[str], path: Path) -> int:
         for candidate in [name] if name else usual:
@@ -114,10 +125,12 @@ class HFTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> Ids:
-        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        encoded = self._inner.encode(without_surrogates(text), add_special_tokens=False)
+        return np.asarray(encoded.ids, np.int32)
 
     def encode_many(self, texts: Sequence[str]) -> list[Ids]:
-        encoded = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        readable = [without_surrogates(text) for text in texts]
+        encoded = self._inner.encode_batch(readable, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -151,7 +164,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.identity = "sentencepiece:" + file_sha256(path)
 
     def encode(self, text: str) -> Ids:
-        return np.asarray(self._inner.encode(text), np.int32)
+        return np.asarray(self._inner.encode(without_surrogates(text)), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._inner.decode([int(i) for i in ids]))
@@ -274,6 +287,11 @@ def _special_names(folder: Path) -> dict[str, str]:
         for key, token in tokens.items()
         if token
     }
+
+
+def without_surrogates(text: str) -> str:
+    """The text with "?" for each lone surrogate, which no library can encode."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def printable(text: str) -> str:

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expertmesh.data.cache import building, cache_root, discard, verified
+from expertmesh.data.cache import building, cache_root, made_once, verified
 from expertmesh.data.fetch import Say, say_to_stderr
 from expertmesh.data.split import split
 from expertmesh.data.text import Corpus
 from expertmesh.data.tokenizer import Tokenizer
 from expertmesh.errors import UserError
 
-# Change when the files' layout or the split changes: old caches are then not read.
-_FORMAT = 1
+# Change when the files' layout, the split or what is read of a text changes: old caches are then
+# not read.
+_FORMAT = 2
 _DOCUMENTS_AT_ONCE = 64
 
 
@@ -78,16 +79,13 @@ def tokenize(
     recipe = json.dumps([_FORMAT, corpus.identity, tokenizer.identity, val_fraction])
     key = hashlib.sha256(recipe.encode()).hexdigest()[:24]
     folder = cache_root(cache) / "tokens" / key
-    if folder.exists():
-        try:
-            return _load(folder)
-        except UserError as error:
-            say(str(error))
-            discard(folder)
-    facts: dict[str, Any] = {}
-    with building(folder, facts) as work:
-        facts |= _write(work, corpus, tokenizer, val_fraction)
-    return _load(folder)
+
+    def make() -> None:
+        facts: dict[str, Any] = {}
+        with building(folder, facts) as work:
+            facts |= _write(work, corpus, tokenizer, val_fraction)
+
+    return made_once(folder, _load, make, say)
 
 
 class StreamWriter:
@@ -154,6 +152,11 @@ def _write(work: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: float
         streams = {"train": train, "val": val}
         for part, ids in _encoded(pieces, tokenizer):
             streams[part].add(np.append(ids, tokenizer.eos_id))
+    if val.num_documents and not train.num_documents:
+        raise UserError(
+            f"data.val_fraction={val_fraction} holds out all {val.num_documents} documents of "
+            f"data.source {corpus.provenance['source']!r}; set a lower one"
+        )
     if not train.num_documents:
         raise UserError(f"data.source {corpus.provenance['source']!r} holds no text")
     return {

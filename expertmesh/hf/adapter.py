@@ -1,6 +1,7 @@
 """What every decoder of ours is to transformers: the part that names and files have no say in."""
 
 from abc import ABC
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig, DecoderLM
+
+# What transformers' own models can be asked for or given, and these cannot.
+_REFUSED = ("inputs_embeds", "output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
@@ -49,16 +53,26 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         Args:
             input_ids: ``(B, S)``.
             attention_mask: ``(B, P + S)``, 0 at padding on either side.
-            past_key_values: Cache of the P positions before.
+            past_key_values: Cache of the P positions before, which grows, as ``DynamicCache`` does.
             use_cache: Make a cache if none is given.
             labels: ``(B, S)`` ids, -100 where there is none; shifted here.
             logits_to_keep: Only the last so many positions, or these indices; 0 is all.
-            kwargs: ``num_items_in_batch`` for the loss; ``return_dict`` is taken as True.
+            kwargs: ``position_ids`` ``(B or 1, S)``, in place of counting from the first token that
+                is no padding; they change nothing of what attention sees. ``num_items_in_batch``
+                for the loss. ``return_dict`` is taken as True.
+
+        Raises:
+            UserError: For embeddings in place of ids, if states or attention are to be returned,
+                and for a cache of a fixed length.
         """
+        check_arguments(past_key_values, kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden = self.model.hidden(
-            input_ids, padding_mask=padding_of(attention_mask), cache=past_key_values
+            input_ids,
+            padding_mask=padding_of(attention_mask),
+            cache=past_key_values,
+            positions=kwargs.get("position_ids"),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept])
@@ -94,6 +108,23 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                     f"the checkpoint has no {name} for a {type(module).__name__}; "
                     "expected every weight of the model, so it may be of another one"
                 )
+
+
+def check_arguments(cache: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what would be passed over in silence, or lead to wrong numbers.
+
+    Raises:
+        UserError: If there is such an argument.
+    """
+    for name in _REFUSED:
+        # False says what is the case anyway.
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise UserError(f"{name} is not supported by this model; leave it out")
+    if getattr(cache, "is_compileable", False):
+        raise UserError(
+            f"a cache of fixed length is not supported, got a {type(cache).__name__}; use "
+            "DynamicCache, and leave cache_implementation out"
+        )
 
 
 def padding_of(attention_mask: Tensor | None) -> Tensor | None:

@@ -1,13 +1,14 @@
 """Folders that transformers wrote, into the decoder and back."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from expertmesh.cli.convert import main
 from expertmesh.convert.families import FAMILIES
@@ -127,6 +128,21 @@ def test_the_command_turns_stacked_into_single_and_back(tmp_path: Path, case: st
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_what_is_made_of_two_dtypes_loses_no_value_of_either(tmp_path: Path) -> None:
+    theirs("mixtral").save_pretrained(tmp_path / "from")
+    tensors = load_file(tmp_path / "from" / "model.safetensors")
+    name = "model.layers.{}.block_sparse_moe.experts.{}.w1.weight"
+    for layer, expert in itertools.product(range(3), range(4)):
+        tensors[name.format(layer, expert)] = tensors[name.format(layer, expert)].bfloat16()
+    save_file(tensors, tmp_path / "from" / "model.safetensors")
+    assert main(["mixtral", str(tmp_path / "from"), str(tmp_path / "to"), "--to", "stacked"]) == 0
+    assert main(["mixtral", str(tmp_path / "to"), str(tmp_path / "back")]) == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    for key, values in tensors.items():
+        assert torch.equal(back[key], values.to(back[key].dtype)), key
+        assert back[key].dtype == torch.float32
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_published_sizes(preset: str) -> None:
     config = decoder_preset(preset)
@@ -146,6 +162,16 @@ def test_presets_there_and_back(preset: str) -> None:
     config = decoder_preset(preset)
     family = family_of_model(config)
     assert family.decoder_config(family.published_config(config)) == config
+
+
+@pytest.mark.parametrize("rule", ["no", "chosen", "kept"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_how_weights_are_normalised_is_kept(preset: str, rule: str) -> None:
+    options = {"renormalize": rule, "capacity": {"factor": 1.5}}
+    config = dataclasses.replace(decoder_preset(preset), router_options=options)
+    family = family_of_model(config)
+    read = family.decoder_config(json.loads(json.dumps(family.published_config(config))))
+    assert read.build_router().renormalize == rule
 
 
 def test_options_without_a_key_are_kept() -> None:
@@ -168,6 +194,8 @@ def test_options_without_a_key_are_kept() -> None:
         ),
         ("mixtral", {"hidden_act": "gelu"}, r"hidden_act = 'gelu' \(expected 'silu'\)"),
         ("mixtral", {"hidden_size": None}, r"has no hidden_size; expected mixtral's keys"),
+        ("mixtral", {"intermediate_size": None}, r"no intermediate_size; expected mixtral's"),
+        ("qwen3-moe", {"moe_intermediate_size": None}, r"no moe_intermediate_size; expected qw"),
         ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv = 8.0 \(expected None\)"),
         ("olmoe", {"norm_topk_prob": True}, r"norm_topk_prob = True \(expected False\)"),
         ("olmoe", {"rope_parameters": {"rope_type": "yarn"}}, r"rope_type = 'yarn'"),
@@ -180,6 +208,7 @@ def test_what_cannot_be_honoured_is_an_error(
 ) -> None:
     model_type = {"qwen3-moe": "qwen3_moe"}.get(name, name)
     content = SIZES | OWN[name] | {"model_type": model_type} | keys
+    content = {key: value for key, value in content.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)
@@ -192,6 +221,14 @@ def test_what_cannot_be_honoured_is_an_error(
         (
             dataclasses.replace(decoder_preset("mixtral-8x7b"), router="switch"),
             r"mixtral has no model with router = 'switch' \(expected 'mixtral'\)",
+        ),
+        (
+            dataclasses.replace(decoder_preset("mixtral-8x7b"), expert_form="scaled_input"),
+            r"mixtral has no model with expert_form = 'scaled_input' \(expected 'auto'\)",
+        ),
+        (
+            dataclasses.replace(decoder_preset("openmoe-test"), expert_form="scaled_input"),
+            r"cannot say expert_form = 'scaled_input' \(expected 'auto'\)",
         ),
     ],
 )

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from expertmesh.data import DataConfig, Loader, build_data, in_order
 from expertmesh.data.dataset import IGNORE
@@ -45,6 +46,13 @@ def test_a_mixture(text):
     assert abs(float(from_b) - 0.25) < 0.01
     assert sum(len(batch.tokens_BS) for batch in in_order(data.val, 4)) == len(data.val) == 20
     assert [record["weight"] for record in data.provenance["sources"]] == [3.0, 1.0]
+
+
+def test_a_small_weight_does_not_need_a_place_in_the_evaluation(text):
+    mix = {text[0]: 0.99, text[1]: 0.01}
+    data = build_data(DataConfig(mix=mix, seq_len=16, val_fraction=0.1))
+    tokens = torch.cat([batch.tokens_BS for batch in in_order(data.val, 4)])
+    assert [int((tokens == ord(letter)).any(1).sum()) for letter in "ab"] == [10, 10]
 
 
 def test_without_packing_a_document_has_its_rows(tmp_path):

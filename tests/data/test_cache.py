@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.data.cache import building, cache_root, discard, verified
+from expertmesh.data.cache import building, cache_root, discard, made_once, verified
 from expertmesh.errors import UserError
 
 
@@ -94,3 +94,87 @@ def test_a_file_where_the_cache_should_be(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="cannot write the cache"):
         make(tmp_path / "cache" / "x")
+
+
+def read(folder: Path) -> str:
+    verified(folder, "it is made anew")
+    return (folder / "deep" / "a.txt").read_text()
+
+
+def test_made_once_makes_what_is_absent_or_damaged(tmp_path):
+    said: list[str] = []
+    made: list[Path] = []
+
+    def once() -> str:
+        folder = tmp_path / "x"
+        return made_once(folder, read, lambda: made.append(make(folder)), said.append)
+
+    assert [once(), once()] == ["words", "words"]
+    assert (len(made), said) == (1, [])
+    (tmp_path / "x" / "deep" / "a.txt").write_text("wordz")
+    assert once() == "words"
+    assert len(made) == 2
+    assert "a.txt is corrupt" in said[0]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_what_another_process_made_anew_is_kept(tmp_path):
+    """Both find the damage; the other one is first to mend it, at the worst of times."""
+    folder = make(tmp_path / "x")
+    (folder / "deep" / "a.txt").write_text("wordz")
+    looks: list[int] = []
+
+    def look(path: Path) -> str:
+        looks.append(len(looks))
+        if len(looks) == 1:
+            # Between finding the damage and removing the folder.
+            with pytest.raises(UserError):
+                read(path)
+            discard(path)
+            make(path, "by the other")
+            raise UserError("damaged")
+        return read(path)
+
+    said: list[str] = []
+    assert made_once(folder, look, lambda: None, said.append) == "by the other"
+    assert said == []
+
+
+def test_a_folder_that_vanishes_while_it_is_read_is_made_again(tmp_path):
+    folder = make(tmp_path / "x")
+    looks: list[int] = []
+
+    def look(path: Path) -> str:
+        looks.append(len(looks))
+        if len(looks) == 1:
+            discard(path)
+        return (path / "deep" / "a.txt").read_text()
+
+    def again() -> None:
+        make(folder)
+
+    assert made_once(folder, look, again, print) == "words"
+
+
+def test_two_that_discard_at_once(tmp_path, monkeypatch):
+    folder = make(tmp_path / "x")
+    rename = Path.rename
+
+    def beaten(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        discard(folder)
+        return path.rename(target)
+
+    monkeypatch.setattr(Path, "rename", beaten)
+    discard(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_damaged_again_and_again_is_an_error(tmp_path):
+    folder = tmp_path / "x"
+
+    def make_badly() -> None:
+        (make(folder) / "deep" / "a.txt").write_text("wordz")
+
+    with pytest.raises(UserError, match=r"a\.txt is corrupt"):
+        made_once(folder, read, make_badly, lambda _: None)

@@ -8,6 +8,8 @@ from expertmesh.errors import UserError
     ("fields", "message"),
     [
         ({"source": "a", "mix": {"b": 1.0}}, "set either source .* or mix"),
+        ({"mix": {"a": 1.0, "b": -1}}, r"data.mix\['b'\] must be a positive number, got -1"),
+        ({"mix": {"a": 0.0}}, r"data.mix\['a'\] must be a positive number, got 0.0"),
         ({"source": "a", "seq_len": 0}, "data.seq_len must be at least 1, got 0"),
         ({"kind": "instructions", "objective": "ul2"}, "data.objective is of data.kind = 'text'"),
         ({"template": "openmoe"}, "data.template is of data.kind = 'instructions'"),

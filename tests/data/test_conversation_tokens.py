@@ -103,7 +103,7 @@ def test_a_folder_in_the_layout_of_the_hub(tmp_path, monkeypatch):
         ("a.jsonl", '\n{"prompt": "a"}', r"a\.jsonl:2: expected prompt and completion"),
         ("a.json", '[\n{"prompt": "a",\n"answer": "b"}]', r"a\.json:2: expected prompt"),
         ("a.json", '[{"prompt": "a", "completion": null}]', r"a\.json:1: field 'completion'"),
-        ("a.csv", "prompt,completion\na\n", r"a\.csv:2: field 'completion' is not text but None"),
+        ("a.csv", "prompt,completion\na\n", r"a\.csv:2 has 1 fields, the header 2"),
         ("a.txt", "words", r"a\.txt holds no records: .* reads \.jsonl"),
     ],
 )
@@ -134,3 +134,15 @@ def test_the_instructions_that_a_package_ships_really_come():
     assert len(texts(found, "val")) in range(45, 56)
     known = "Given the parameters of a triangle, find out its perimeter."
     assert sum(text.startswith(known) for part in ("train", "val") for text in texts(found, part))
+
+
+def test_one_field_of_the_hub_is_no_conversation():
+    with pytest.raises(UserError, match=r"names one field, 'text', but a conversation has two"):
+        read_conversations("hf:a/b:train:text")
+
+
+def test_a_fraction_that_leaves_nothing_to_train_on(tmp_path):
+    lines = [f'{{"prompt": "{n}", "completion": "a"}}\n' for n in range(2)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match=r"val_fraction=0.9 holds out all 2 conversations"):
+        tokens(tmp_path / "a.jsonl", val_fraction=0.9)

@@ -12,6 +12,9 @@ from expertmesh.errors import UserError
         ("hf:a/b@c", ("a/b", "c", "train", "")),
         ("hf:a/b@c:test", ("a/b", "c", "test", "")),
         ("hf:a/b:test:body", ("a/b", "", "test", "body")),
+        ("hf:a/b::body", ("a/b", "", "train", "body")),
+        ("hf:a/b:train[:10%]", ("a/b", "", "train[:10%]", "")),
+        ("hf:a/b@c:train[5:9]+test[:2]:body", ("a/b", "c", "train[5:9]+test[:2]", "body")),
     ],
 )
 def test_parts_of_a_name(source, parts):
@@ -21,6 +24,11 @@ def test_parts_of_a_name(source, parts):
 def test_no_name():
     with pytest.raises(UserError, match=r"'hf:' names no data set; write hf:NAME"):
         HubSource.parse("hf:")
+
+
+def test_a_part_too_many():
+    with pytest.raises(UserError, match=r"'hf:a/b:train:text:meta' has too many parts; write hf:"):
+        HubSource.parse("hf:a/b:train:text:meta")
 
 
 def test_a_data_set_made_by_a_script_is_read_from_its_conversion(monkeypatch):

@@ -101,7 +101,7 @@ def test_refusals(numbers):
 
 @pytest.mark.parametrize(
     ("length", "batch_size", "epochs", "steps"),
-    [(12, 4, 1, 3), (12, 5, 1, 3), (12, 5, 2, 5), (12, 4, 0.5, 2), (1, 8, 1, 1)],
+    [(12, 4, 1, 3), (12, 5, 1, 3), (12, 5, 2, 5), (12, 4, 0.5, 2), (1, 8, 1, 1), (10, 1, 1.1, 11)],
 )
 def test_epochs_as_steps(numbers, length, batch_size, epochs, steps):
     loader = Loader(numbers(length), batch_size=batch_size, seed=0)

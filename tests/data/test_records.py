@@ -37,6 +37,8 @@ def gzipped(content):
 
 
 COMPRESS = {".jsonl": bytes, ".gz": gzipped, ".zst": zstandard.compress}
+# A block of a kind that deflate does not have.
+DAMAGED = gzipped(b"")[:10] + b"\x07" + bytes(20)
 RECORDS = [{"text": "one", "meta": {"url": "u"}}, {"text": "zwei é", "meta": {}}]
 
 
@@ -73,6 +75,10 @@ def test_elements_of_a_list_have_their_lines(tmp_path):
         ("a.json", b'[{"a": 1}]\n\nx', r"a\.json:1 is not JSON: expected ',' or the end"),
         ("a.jsonl", b'{"a": 1}\n{', r"a\.jsonl:2 is not JSON"),
         ("a.jsonl.gz", gzipped(b'{"a": 1}\n[')[:-3], r"a\.jsonl\.gz is not a readable gzip"),
+        ("a.jsonl.gz", DAMAGED, r"a\.jsonl\.gz is not a readable gzip"),
+        ("a.csv", b'text\n"a, b', r"a\.csv is not readable CSV: unexpected end"),
+        ("a.csv", b"text\none\ntwo, three\n", r"a\.csv:3 has 2 fields, the header 1"),
+        ("a.csv", b"title,text\na,b\nc", r"a\.csv:3 has 1 fields, the header 2"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz is not a readable gzip"),
         ("a.jsonl.zst", b"plain text", r"a\.jsonl\.zst is not a readable zstd"),
         ("a.jsonl.zst", zstandard.compress(b'\n{"a": '), r"a\.jsonl\.zst:2 is not JSON"),
@@ -135,3 +141,13 @@ def test_a_file_is_read_as_a_stream(tmp_path, name):
     peak = tracemalloc.get_traced_memory()[1] + held
     tracemalloc.stop()
     assert peak < 0.3 * 6000 * 1600
+
+
+def test_csv_rows_are_as_long_as_the_header(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('title,text\na,"b, ""c""\nd"\n\ne,\nf,g,\n')
+    assert [record for _, record in read_records(path)] == [
+        {"title": "a", "text": 'b, "c"\nd'},
+        {"title": "e", "text": ""},
+        {"title": "f", "text": "g"},
+    ]

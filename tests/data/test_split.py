@@ -84,3 +84,12 @@ def test_many_documents_are_held_out_by_their_hash_alone(monkeypatch):
     share = sum(text in held_out for text in many) / len(many)
     assert abs(share - 0.1) < 3 * (0.1 * 0.9 / len(many)) ** 0.5
     assert held_out == HeldOut.of(iter(reversed(many)), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("share", "number", "held"), [(0.05, 140, 7), (0.07, 100, 7), (0.1, 101, 11)]
+)
+def test_the_share_is_the_decimal_that_was_written(share, number, held):
+    texts = [str(place) for place in range(number)]
+    held_out = HeldOut.of(texts, share)
+    assert sum(text in held_out for text in texts) == held

@@ -133,3 +133,59 @@ def test_nothing_there(tmp_path):
         load(str(tmp_path))
     with pytest.raises(UserError, match="is a data set, not a tokenizer"):
         load("classics")
+
+
+def test_a_file_that_asks_for_cutting_and_filling_is_not_obeyed(bpe, tmp_path):
+    bpe.save(str(tmp_path / "plain.json"))
+    bpe.enable_truncation(8)
+    bpe.enable_padding(length=8)
+    bpe.save(str(tmp_path / "cut.json"))
+    plain, cut = (HFTokenizer(tmp_path / name) for name in ("plain.json", "cut.json"))
+    texts = [TEXT, "a"]
+    expected = [plain.encode(text).tolist() for text in texts]
+    assert len(expected[0]) > 8 > len(expected[1])
+    assert [cut.encode(text).tolist() for text in texts] == expected
+    assert [ids.tolist() for ids in cut.encode_many(texts)] == expected
+
+
+def test_ids_of_a_vocabulary_with_holes_are_below_its_size(tmp_path):
+    vocab = {"a": 0, "b": 1, "</s>": 2, "ab": 70_000}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b")])).save(str(tmp_path / "t.json"))
+    tokenizer = HFTokenizer(tmp_path / "t.json")
+    assert tokenizer.vocab_size == 70_001
+    assert tokenizer.encode("aab").tolist() == [0, 70_000]
+    assert tokenizer.token_text(5) == "<5>"
+
+
+def test_an_end_that_only_the_config_names_is_part_of_the_identity(bpe, tmp_path):
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    usual = HFTokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    same = HFTokenizer(tmp_path)
+    config.write_text(json.dumps({"eos_token": "<stop>"}))
+    other_end = HFTokenizer(tmp_path)
+    config.write_text(json.dumps({"bos_token": "<stop>", "add_bos_token": True}))
+    with_beginning = HFTokenizer(tmp_path)
+    assert same.identity == usual.identity
+    assert len({one.identity for one in (usual, other_end, with_beginning)}) == 3
+
+
+@pytest.mark.parametrize("kind", ["json", "sentencepiece", "t5"])
+def test_a_lone_surrogate_is_a_question_mark_to_every_tokenizer(kind, bpe, t5_model, tmp_path):
+    bpe.save(str(tmp_path / "t.json"))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 4),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "s.model").write_bytes(model.getvalue())
+    paths = {"json": tmp_path / "t.json", "sentencepiece": tmp_path / "s.model", "t5": t5_model}
+    tokenizer = load(str(paths[kind]))
+    expected = tokenizer.encode("a?b").tolist()
+    assert tokenizer.encode("a\ud800b").tolist() == expected
+    assert [ids.tolist() for ids in tokenizer.encode_many(["a\ud800b"])] == [expected]

@@ -77,3 +77,9 @@ def test_an_empty_file_holds_no_text(tmp_path, cache):
     with pytest.raises(UserError, match=r"a\.txt' holds no text"):
         tokenize(read_corpus(str(tmp_path / "a.txt")), BYTES, val_fraction=0.1)
     assert list((cache / "tokens").iterdir()) == []
+
+
+def test_a_fraction_that_leaves_nothing_to_train_on(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(100)))
+    with pytest.raises(UserError, match=r"val_fraction=0.995 holds out all 100 documents"):
+        tokenize(read_corpus(str(tmp_path / "a.jsonl")), BYTES, val_fraction=0.995)

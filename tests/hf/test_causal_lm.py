@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 from transformers.generation import BaseStreamer
 
+from expertmesh.errors import UserError
 from expertmesh.hf import ExpertmeshForCausalLM, as_transformers
 from expertmesh.models import DecoderConfig, DecoderLM
 from tests.models.conftest import GROUPED, SHAPES
@@ -189,3 +190,35 @@ def test_models_do_not_import_transformers() -> None:
     code = "import sys, expertmesh.models; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_position_ids_are_the_positions(decoder: DecoderLM, prompt: Tensor) -> None:
+    positions = torch.tensor([[0, 2, 3, 7]])
+    logits = as_transformers(decoder)(prompt, position_ids=positions).logits
+    assert torch.equal(logits, decoder(prompt, positions=positions))
+    assert not torch.equal(logits, decoder(prompt))
+
+
+@pytest.mark.parametrize(
+    "name", ["output_hidden_states", "output_attentions", "output_router_logits"]
+)
+def test_what_cannot_be_returned_is_refused(decoder: DecoderLM, prompt: Tensor, name: str) -> None:
+    model = as_transformers(decoder)
+    with pytest.raises(UserError, match=f"{name} is not supported"):
+        model(prompt, **{name: True})
+    assert model(prompt, **{name: False}).logits.shape == (2, 4, 31)
+
+
+def test_embeddings_in_place_of_ids_are_refused(decoder: DecoderLM, prompt: Tensor) -> None:
+    embedded = decoder.embedding(prompt)
+    with pytest.raises(UserError, match="inputs_embeds is not supported"):
+        as_transformers(decoder).generate(inputs_embeds=embedded, **GREEDY)
+
+
+def test_a_cache_of_fixed_length_is_refused(decoder: DecoderLM, prompt: Tensor) -> None:
+    """Its slots that hold nothing yet would be attended to."""
+    model = as_transformers(decoder)
+    with pytest.raises(UserError, match="fixed length is not supported, got a StaticCache"):
+        model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+    with pytest.raises(UserError, match="leave cache_implementation out"):
+        model.generate(prompt, cache_implementation="static", **GREEDY)

@@ -168,6 +168,7 @@ def _check_sayable(config: DecoderConfig) -> None:
         "num_shared_experts": 0,
         "first_dense": 0,
         "expert_hidden": config.dense_hidden,
+        "expert_form": "plain" if config.expert_form == "plain" else "auto",
         "tied_embeddings": False,
     }
     if wrong := unlike(vars(config), wanted):

@@ -37,12 +37,14 @@ def _divert(auto: type, ours: Any, recognises: Recognise) -> None:
     """Let a class of ours answer for an Auto class where it knows the folder."""
     usual = auto.from_pretrained  # type: ignore[attr-defined]  # both Auto classes have it
 
-    def from_pretrained(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' ``from_pretrained``, which knows OpenMoE's published folders too."""
-        if recognises(name, kwargs):
+        if recognises(pretrained_model_name_or_path, kwargs):
             kept = {key: value for key, value in kwargs.items() if key not in _CHOICE}
-            return ours.from_pretrained(name, *args, **kept)
-        return usual(name, *args, **kwargs)
+            return ours.from_pretrained(pretrained_model_name_or_path, *args, **kept)
+        return usual(pretrained_model_name_or_path, *args, **kwargs)
 
     auto.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]  # as above
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expertmesh.convert.openmoe import layout
 from expertmesh.errors import UserError, require
-from expertmesh.hf.adapter import DecoderForCausalLM
+from expertmesh.hf.adapter import DecoderForCausalLM, check_arguments
 from expertmesh.hf.openmoe.config import OpenMoeConfig, hub_options
 from expertmesh.hf.openmoe.devices import our_device_map
 from expertmesh.hf.openmoe.positions import WithinPositions
@@ -113,8 +113,9 @@ class OpenMoeForCausalLM(WithinPositions):
             kwargs: Likewise.
 
         Raises:
-            UserError: If there are more positions than the model has.
+            UserError: If there are more positions than the model has, and as of every decoder.
         """
+        check_arguments(past_key_values, kwargs)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         self._check_positions(past + input_ids.shape[1], attention_mask)
         return super().forward(

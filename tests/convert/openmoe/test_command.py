@@ -194,6 +194,25 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, model: DecoderL
     assert_same(read(source, "published"), by_hand.published(model))
 
 
+def test_a_folder_that_holds_what_is_read_is_left_alone(tmp_path: Path, model: DecoderLM) -> None:
+    tensors = by_hand.published(model)
+    first = write(tmp_path / "first", "published", tensors)
+    run(first, tmp_path / "to")
+    inner = write(tmp_path / "to" / "inner", "published", tensors)
+    with pytest.raises(UserError, match=r"to holds what is read; give the path of another folder"):
+        run(inner, tmp_path / "to")
+    assert_same(read(inner, "published"), tensors)
+
+
+def test_a_folder_that_the_system_refuses_is_an_error_of_the_users(
+    tmp_path: Path, model: DecoderLM
+) -> None:
+    source = write(tmp_path / "from", "published", by_hand.published(model))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/to cannot be written: Not a directory"):
+        run(source, tmp_path / "file" / "to")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_verify(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: DecoderLM, kind: str

@@ -191,6 +191,32 @@ def test_other_folders_are_left_alone(tmp_path: Path, model: DecoderLM) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "my app"}', '{"files": {}}', "", "[]"])
+def test_the_manifest_of_another_program_does_not_make_a_folder_ours(
+    tmp_path: Path, model: DecoderLM, manifest: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "precious").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds other files; give the path of a new folder"):
+        save_published(model, tmp_path)
+    assert (tmp_path / "precious").read_text() == "years of work"
+
+
+def test_the_folder_may_be_a_link_or_the_current_one(
+    tmp_path: Path, model: DecoderLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("disk/saved", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "saved")
+    save_published(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert_same(read(tmp_path / "disk" / "saved"), by_hand.published(model))
+    monkeypatch.chdir(tmp_path / "here")
+    save_published(model, ".")
+    assert_same(read(tmp_path / "here"), by_hand.published(model))
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "here", "link"}
+
+
 def test_a_tokenizer_is_copied(tmp_path: Path, model: DecoderLM) -> None:
     source = tmp_path / "tokenizer"
     source.mkdir()
@@ -201,6 +227,23 @@ def test_a_tokenizer_is_copied(tmp_path: Path, model: DecoderLM) -> None:
     save_published(model, tmp_path / "saved", tokenizer=source)
     assert (tmp_path / "saved" / "spiece.model").read_text() == "spiece.model"
     assert not (tmp_path / "saved" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("names", [["encoder.json", "vocab.bpe"], ["mistral.model"]])
+def test_every_folder_that_training_reads_is_copied(
+    tmp_path: Path, model: DecoderLM, names: list[str]
+) -> None:
+    (tmp_path / "from").mkdir()
+    for name in names:
+        (tmp_path / "from" / name).write_text(name)
+    save_published(model, tmp_path / "saved", tokenizer=tmp_path / "from")
+    assert [(tmp_path / "saved" / name).read_text() for name in names] == names
+
+
+def test_a_numbered_vocabulary_is_found_beside_the_model(tmp_path: Path, model: DecoderLM) -> None:
+    (tmp_path / "tokenizer.model.v1").write_text("pieces")
+    save_published(model, tmp_path / "saved", tokenizer=tmp_path / "tokenizer.model.v1")
+    assert (tmp_path / "saved" / "tokenizer.model").read_text() == "pieces"
 
 
 def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path, folder: Path) -> None:

@@ -115,3 +115,13 @@ def test_another_tokenizer_beside_openmoe_is_left_alone(tmp_path: Path) -> None:
     words = Tokenizer(WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     assert not isinstance(AutoTokenizer.from_pretrained(tmp_path), OpenMoeTokenizer)
+
+
+def test_the_folder_may_be_given_by_name(tmp_path: Path) -> None:
+    write_folder(tmp_path / "ours", num_layers=2, tokenizer=write_small(tmp_path), vocab_size=800)
+    name = {"pretrained_model_name_or_path": tmp_path / "ours"}
+    assert isinstance(AutoConfig.from_pretrained(**name), OpenMoeConfig)
+    assert isinstance(AutoTokenizer.from_pretrained(**name), OpenMoeTokenizer)
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path=tmp_path / "llama")
+    assert type(config) is LlamaConfig

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from expertmesh.errors import UserError
 from expertmesh.hf import OpenMoeForCausalLM, OpenMoeTokenizer, StopAtEndOfAnswer, as_openmoe
 from expertmesh.hf.openmoe import END_OF_ANSWER
 from expertmesh.models import DecoderLM, decoder_preset
@@ -125,3 +126,10 @@ def test_the_stop_rule_ends_a_text(model: OpenMoeForCausalLM, tokens: Tensor) ->
     stop = StopAtEndOfAnswer(7, ending=whole[8:10])
     stopped = model.generate(tokens[:1], stopping_criteria=[stop], **GREEDY)[0].tolist()
     assert stopped == whole[:10]
+
+
+def test_embeddings_in_place_of_ids_are_refused(
+    model: OpenMoeForCausalLM, decoder: DecoderLM, tokens: Tensor
+) -> None:
+    with pytest.raises(UserError, match="inputs_embeds is not supported"):
+        model.generate(inputs_embeds=decoder.embedding(tokens), **GREEDY)
