@@ -39,6 +39,7 @@ def replace_routers(model: nn.Module, build: Callable[[int], Router]) -> None:
                 )
         weight = next(moe.experts.parameters(), None)
         router.population = moe.router.population
+        router.train(moe.router.training)  # a new module trains: it would draw noise, and drop
         moe.router = router if weight is None else router.to(weight.device)
     warn_of_leaks(moe.router for moe in layers.values())
 

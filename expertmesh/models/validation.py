@@ -70,6 +70,11 @@ def check_config(config: DecoderConfig) -> None:
     _one_of(config, "mlp", ("gated", "doubly_gated"))
     _one_of(config, "position", ("rotary", "learned", "none"))
     _one_of(config, "attention", ("gqa", "mla"))
+    if config.position != "rotary" and config.rope_theta != type(config).rope_theta:
+        raise ValueError(
+            f"rope_theta has no meaning for position={config.position!r}, got {config.rope_theta}; "
+            "set position='rotary', or leave rope_theta out"
+        )
     if config.attention == "gqa":
         _check_grouped(config)
     else:
@@ -161,6 +166,11 @@ def _check_experts(config: DecoderConfig) -> None:
                 f"expert_form={config.expert_form!r} and expert_dropout={config.expert_dropout} "
                 "have no meaning without experts; set num_experts, or leave them out"
             )
+        if config.router != type(config).router:
+            raise ValueError(
+                f"router has no meaning without experts, got {config.router!r}; set num_experts, "
+                "or leave router out"
+            )
         if config.moe_every != 1 or config.router_options:
             raise ValueError(
                 f"moe_every={config.moe_every} and router_options={config.router_options} have no "
@@ -234,8 +244,9 @@ def _check_table(name: str, value: object, kind: type) -> None:
         if key not in fields:
             hint = nearest(str(key), fields)
             raise ValueError(f"{name}.{key} is unknown{hint} (its entries are {', '.join(fields)})")
-        if fields[key] is float or (fields[key] == float | None and item is not None):
-            _number(f"{name}.{key}", item)
+        if fields[key] in (float, float | None):
+            if item is not None or fields[key] is float:
+                _number(f"{name}.{key}", item)
         elif fields[key] is int:
             _integer(f"{name}.{key}", item)
         elif key != "scope":

@@ -18,7 +18,7 @@ from expertmesh.train.schedule import Schedule
 
 CONFIG = "config.toml"
 NOTHING = "none"
-"""How a run file says None for a router's option, since TOML has no null."""
+"""How a run file says None where that is not the default, since TOML has no null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class TrainConfig:
         if self.steps != TrainConfig.steps:
             raise UserError(
                 f"train.epochs takes the place of train.steps, got epochs={epochs} with "
-                f"steps={self.steps}; set one of them, the other to null or out of the run file"
+                f"steps={self.steps}; leave steps out of the run file, or set train.epochs to null"
             )
 
     @property
@@ -159,8 +159,8 @@ class EvalConfig:
 
     Attributes:
         every: Steps between evaluations; the last step always makes one. 0: only the last.
-        batches: Batches of ``train.batch`` sequences each time, spread evenly over the split; None
-            is the whole split.
+        batches: Batches of ``train.batch`` sequences each time, spread evenly over the split; None,
+            in a run file ``"none"``, is the whole split.
     """
 
     every: int = 100
@@ -231,11 +231,9 @@ class RunFile:
     def to_toml(self) -> str:
         """A run file that gives this very run: presets are resolved into their values."""
         tables = asdict(self)
-        # Elsewhere a null is the default and may be left out; here it takes something away.
-        options = tables["model"]["router_options"]
-        tables["model"]["router_options"] = {
-            key: NOTHING if value is None else value for key, value in options.items()
-        }
+        # Elsewhere a null is the default and may be left out; in these two it need not be.
+        for table in (tables["model"]["router_options"], tables["eval"]):
+            table |= {key: NOTHING for key, value in table.items() if value is None}
         return toml.dumps(
             {name: {as_key(k): v for k, v in table.items()} for name, table in tables.items()}
         )

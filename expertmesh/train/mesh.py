@@ -70,7 +70,20 @@ class MeshConfig:
             self._check_free_of_degrees()
 
     def resolve(self, world: int, num_experts: int) -> "MeshConfig":
-        """The degrees that the strategy names, for so many ranks and experts."""
+        """The degrees that the strategy names, for so many ranks and experts.
+
+        Raises:
+            UserError: If there are stages and no pipeline.
+        """
+        resolved = self._of_strategy(world, num_experts)
+        if resolved.stages > 1 and resolved.pp == 1:
+            raise UserError(
+                f"mesh.stages is of pipelines, got {self.stages} with mesh.pp=1; set mesh.pp, or "
+                "leave mesh.stages out"
+            )
+        return resolved
+
+    def _of_strategy(self, world: int, num_experts: int) -> "MeshConfig":
         if self.strategy is None:
             return self
         from expertmesh.parallel.strategies import strategy

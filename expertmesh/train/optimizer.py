@@ -57,7 +57,7 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be at least 0 and below 1, got {value}")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip", "lr"):
             value = getattr(self, name)
-            if value < 0:
+            if not value >= 0:
                 raise UserError(f"optim.{name} must not be negative, got {value}; set it >= 0")
         if not self.eps > 0:
             # An expert that got no token has moments of 0: its step would be 0 / 0.
@@ -80,6 +80,11 @@ class OptimConfig:
                         f"optim.{name} is of optim.name = {owner!r}, got {name}={value} with "
                         f"name={self.name!r}; leave it out"
                     )
+        if self.schedule not in ("cosine", "wsd") and self.final != OptimConfig.final:
+            raise UserError(
+                f"optim.final is of the schedules 'cosine' and 'wsd', got final={self.final} with "
+                f"schedule={self.schedule!r}; leave it out"
+            )
 
 
 def decays(name: str, param: nn.Parameter) -> bool:

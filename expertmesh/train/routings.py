@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from expertmesh.layer import moe_layers
+from expertmesh.recompute import is_recompute
 from expertmesh.routing import Router, Routing
 from expertmesh.uncompiled import uncompiled
 
 
 class EveryRouting(ABC):
-    """A context that sees what each MoE layer of a model decides.
+    """A context that sees what each MoE layer of a model decides, and nothing twice.
 
     Args:
         model: Run inside the context; gives its routers the tokens' ids.
@@ -59,6 +60,8 @@ class EveryRouting(ABC):
         def show(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing
         ) -> None:
+            if is_recompute():
+                return
             ids_T = kwargs["token_ids"]
             self._see(name, ids_T if routing.token_N is None else ids_T[routing.token_N], routing)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import json
 import keyword
 import re
@@ -51,7 +52,8 @@ def parse_run(
     words = _checked_flags(overrides)
     preset, words = _take_preset(tables["model"], words)
     if preset is not None:
-        tables["model"] = _over_preset(_preset_values(preset), tables["model"])
+        router = _last_value(words, "model.router") or tables["model"].get("router")
+        tables["model"] = _over_preset(_preset_values(preset), tables["model"], router)
     words = _merge_deep(tables, words)
     values = _typed(tables, words)
     return RunFile(**{name: _build(name, values[name]) for name in SECTIONS})
@@ -79,6 +81,8 @@ def _checked_tables(content: Mapping[str, Any], source: str) -> dict[str, dict[s
             if key not in _known(section):
                 raise UserError(f"{source} has an unknown key {section}.{key}{_hint(section, key)}")
         tables[section] = {_field(key): value for key, value in values.items()}
+    if tables["eval"].get("batches") == NOTHING:
+        tables["eval"]["batches"] = None
     return tables
 
 
@@ -143,12 +147,17 @@ def _merge_deep(tables: dict[str, dict[str, Any]], words: list[str]) -> list[str
     are read as JSON where they are JSON, and are text otherwise.
     """
     kept = []
+    names = {word[2:].partition("=")[0] for word in words}
     for word in words:
         name, _, value = word[2:].partition("=")
         section, *path, last = name.split(".")
         if len(path) < 2:
             kept.append(word)
             continue
+        # What stays is read after this, and would take its place, whichever was said last.
+        for above in itertools.accumulate([section, *path], "{}.{}".format):
+            if above in names:
+                raise UserError(f"--{above} and --{name} set the same table; give one of them")
         place = tables[section]
         for key in path:
             inner = place.get(key)
@@ -168,14 +177,22 @@ def _preset_values(preset: str) -> dict[str, Any]:
         raise UserError(f"model.preset: {error}") from None
 
 
-def _over_preset(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _last_value(words: list[str], name: str) -> str | None:
+    """What the overrides set a field to, if they do."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+    return values[-1] if values else None
+
+
+def _over_preset(preset: dict[str, Any], given: dict[str, Any], router: Any) -> dict[str, Any]:
     """A preset's values with those of the file over them.
 
-    Options of the router go over the preset's one by one, unless the file names another router,
-    to which they may mean nothing.
+    Options of the router go over the preset's one by one, unless the run has another router, to
+    which they may mean nothing.
     """
-    options = given.get("router_options")
-    if isinstance(options, dict) and given.get("router", preset["router"]) == preset["router"]:
+    options = given.get("router_options", {})
+    if router is not None and router != preset["router"]:
+        preset = preset | {"router_options": {}}
+    if isinstance(options, dict):
         given = given | {"router_options": preset["router_options"] | options}
     return preset | given
 

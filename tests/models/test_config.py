@@ -1,5 +1,6 @@
 """Configurations: what is refused, and what the arithmetic says."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.routing import Capacity
 from tests.models.conftest import GROUPED, LATENT, SHAPES
 
 
@@ -57,6 +59,7 @@ from tests.models.conftest import GROUPED, LATENT, SHAPES
         ({"expert_hidden": 0}, "expert_hidden must be an integer of at least 1"),
         ({"dense_hidden": None}, "dense_hidden must be an integer of at least 1, got None"),
         ({"moe_every": 1}, "dense_hidden has no meaning when every block is MoE"),
+        ({"position": "none", "rope_theta": 5e5}, "rope_theta has no meaning for position='none'"),
         ({"moe_every": 4}, "no block is MoE"),
         ({"first_dense": 3}, "no block is MoE"),
         ({"num_experts": 0}, "experts_per_token has no meaning without experts, got 2"),
@@ -70,6 +73,16 @@ from tests.models.conftest import GROUPED, LATENT, SHAPES
         (
             {"num_experts": 0, "experts_per_token": 0, "expert_hidden": 0, "extra_mlp": True},
             "extra_mlp has no meaning without experts",
+        ),
+        (
+            {
+                "num_experts": 0,
+                "experts_per_token": 0,
+                "expert_hidden": 0,
+                "moe_every": 1,
+                "router": "switch",
+            },
+            "router has no meaning without experts, got 'switch'",
         ),
         ({"router_options": {"capacity": "jax"}}, "capacity of router 'mixtral' must be a table"),
         ({"router": "openmoe", "router_options": {"capacity": "jx"}}, "did you mean 'jax'"),
@@ -96,6 +109,13 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
 def test_bad_latent_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecoderConfig(**{**LATENT, **changes})
+
+
+def test_a_table_may_say_what_is_its_default() -> None:
+    table = dataclasses.asdict(Capacity(factor=1.5))
+    assert table["eval_factor"] is None
+    config = DecoderConfig(**{**GROUPED, "router_options": {"capacity": table}})
+    assert config.build_router().capacity == Capacity(factor=1.5)
 
 
 def test_counts_are_those_of_the_model(config: DecoderConfig) -> None:

@@ -12,6 +12,7 @@ from expertmesh.errors import CausalityWarning, UserError
 from expertmesh.layer import moe_layers
 from expertmesh.models import DecoderConfig, DecoderLM, replace_routers
 from expertmesh.routing import Router, Routing
+from expertmesh.routing.noise import LearnedNoise
 from expertmesh.testing import is_causal
 from tests.models.conftest import GROUPED
 
@@ -82,6 +83,18 @@ def test_replaced_routers_route_and_warn():
     replace_routers(model, lambda number: numbers.append(number) or em.TopKRouter(16, 4, 1))
     assert numbers == [0, 1, 2]
     assert is_causal(model)
+
+
+def test_replaced_routers_are_in_the_mode_of_those_before():
+    model, tokens = decoder().eval(), torch.arange(6)[None]
+
+    def noisy(number):
+        return em.TopKRouter(16, 4, 1, noise=LearnedNoise(16, 4), seed=number, layer=number)
+
+    replace_routers(model, noisy)
+    assert torch.equal(model(tokens), model(tokens))  # evaluation draws nothing
+    replace_routers(model.train(), noisy)
+    assert not torch.equal(model(tokens), model(tokens))
 
 
 def test_a_router_that_does_not_fit_is_refused():

@@ -342,8 +342,9 @@ def test_epochs_become_steps_by_the_size_of_the_data(tmp_path: Path) -> None:
     saved = load_run_file(trainer.run.folder / "config.toml")
     assert (saved.train.steps, saved.train.epochs) == (steps, None)
     assert Trainer(parse_run(content)).done
-    with pytest.raises(UserError, match=r"train.epochs takes the place of train.steps"):
+    with pytest.raises(UserError, match=r"takes the place of train.steps.*train.epochs to null"):
         parse_run(content, ["--train.steps=7"])
+    assert parse_run(content, ["--train.steps=7", "--train.epochs=null"]).train.steps == 7
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:

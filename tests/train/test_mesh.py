@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,6 +39,13 @@ def test_a_strategy_is_a_choice_of_degrees() -> None:
     assert MeshConfig(strategy="ep").resolve(8, 4).ep == 4
     hybrid = MeshConfig(strategy="hybrid").resolve(8, 16)
     assert (hybrid.pp, hybrid.ep, hybrid.zero) == (2, 4, 1)
+
+
+@pytest.mark.parametrize("strategy", [None, "ep"])
+def test_stages_without_a_pipeline_are_refused(strategy: Any) -> None:
+    with pytest.raises(UserError, match=r"mesh.stages is of pipelines, got 2 with mesh.pp=1"):
+        MeshConfig(strategy=strategy, stages=2).build(1, 8, CPU)
+    assert MeshConfig(strategy="hybrid", stages=2).resolve(8, 16).stages == 2
 
 
 def test_a_strategy_beside_its_own_degrees_is_refused() -> None:

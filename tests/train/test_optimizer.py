@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -66,6 +67,8 @@ def test_adafactor_by_name_with_the_same_groups() -> None:
         ({"name": "adafactor", "beta1": 0.5}, "optim.beta1 is of optim.name = 'adamw'"),
         ({"beta2_decay": 0.5}, "optim.beta2_decay is of optim.name = 'adafactor'"),
         ({"name": "adafactor", "beta2_decay": 0.0}, "optim.beta2_decay must be above 0"),
+        ({"schedule": "constant", "final": 0.5}, "optim.final is of the schedules 'cosine' and"),
+        ({"clip": math.nan}, "optim.clip must not be negative, got nan"),
     ],
 )
 def test_what_an_optimizer_does_not_have_is_refused(values: dict[str, Any], message: str) -> None:

@@ -49,6 +49,14 @@ def test_each_layer_is_told_of_before_and_each_decision_once() -> None:
         assert torch.equal(routing.expert_TK, recorded.expert_TK)
 
 
+def test_what_is_recomputed_is_not_shown_again() -> None:
+    model = make_model().train()
+    model.checkpoint_blocks()
+    with Notes(model) as notes:
+        model(TOKENS_BS).sum().backward()
+    assert [name for name, _, _ in notes.seen] == list(moe_layers(model))
+
+
 def test_rows_of_experts_that_choose_have_the_ids_of_the_tokens_they_chose() -> None:
     with pytest.warns(CausalityWarning):
         model = make_model(router="expert_choice")

@@ -65,6 +65,18 @@ def test_options_go_over_the_presets_one_by_one() -> None:
     assert decoder_preset("nano").router_options == {"balance_coef": 0.01}
 
 
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_another_router_takes_nothing_of_the_presets(by_flag: bool) -> None:
+    def options(*words: str) -> dict[str, Any]:
+        given = {} if by_flag else {"router": "sinkhorn"}
+        flags = ["--model.router=sinkhorn"] if by_flag else []
+        content = {"model": {"preset": "nano"} | given, "data": {"source": "x"}}
+        return parse_run(content, [*flags, *words]).model.router_options
+
+    assert options() == {}
+    assert options("--model.router_options.rounds=10") == {"rounds": 10}
+
+
 def test_the_shipped_pretraining_keeps_the_presets_losses() -> None:
     run = load_run_file(Path(__file__).parents[2] / "examples" / "openmoe" / "pretrain.toml")
     expected = decoder_preset("openmoe-test").router_options
@@ -172,10 +184,26 @@ def test_differences_name_field_and_values(tmp_path: Path) -> None:
     assert differences(old, new) == ["run.seed: 7 -> 8", "train.steps: 6 -> 9"]
 
 
+@pytest.mark.parametrize("table", ["router_options={}", "router_options.capacity=none"])
+def test_a_table_and_a_part_of_it_are_not_both_set(tmp_path: Path, table: str) -> None:
+    part = "--model.router_options.capacity.factor=2.0"
+    with pytest.raises(UserError, match=r"--model.router_options\S* and --model.*capacity.factor"):
+        make_run(tmp_path, f"--model.{table}", part)
+    assert make_run(tmp_path, part).model.router_options == {"capacity": {"factor": 2.0}}
+
+
 def test_a_null_in_a_preset_stays_a_null() -> None:
     content = {"model": {"preset": "qwen3-30b-a3b"}, "data": {"source": "x"}}
     run = parse_run(content, ["--model.num_kv_heads=null"])
     assert parse_run(tomllib.loads(run.to_toml())).model.num_kv_heads is None
+
+
+def test_an_evaluation_of_all_batches_stays_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--eval.batches=null")
+    assert run.eval.batches is None
+    assert load_run_file(run.save()) == run
+    content = tables(tmp_path) | {"eval": {"batches": "none"}}
+    assert parse_run(content).eval.batches is None
 
 
 def test_a_null_takes_a_routers_option_away_for_good(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,15 @@ def test_signal_is_remembered_and_handlers_come_back(number: signal.Signals) -> 
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Ctrl-C as it is in a terminal: it is ignored in what a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_second_ctrl_c_interrupts() -> None:
     with StopRequest():
         signal.raise_signal(signal.SIGINT)

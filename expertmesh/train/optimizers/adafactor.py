@@ -42,6 +42,8 @@ class Adafactor(torch.optim.Optimizer):
     update's root mean square is at most 1 before that. The learning rate is used as it is given:
     the paper's ``min(0.01, 1 / sqrt(t))`` is the schedule's matter.
 
+    The state is in float32, or in float64 of parameters that are.
+
     Args:
         groups: Parameters, with ``weight_decay`` (decoupled) by group.
         lr: Relative step size.
@@ -83,13 +85,25 @@ class Adafactor(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
+            wide = _wide(param)
             if param.dim() < 2:
-                state["square"] = torch.zeros_like(param, dtype=torch.float32)
+                state["square"] = torch.zeros_like(param, dtype=wide)
             else:
                 *stack, rows, columns = param.shape
-                state["rows"] = torch.zeros((*stack, rows), device=param.device)
-                state["columns"] = torch.zeros((*stack, columns), device=param.device)
+                state["rows"] = torch.zeros((*stack, rows), device=param.device, dtype=wide)
+                state["columns"] = torch.zeros((*stack, columns), device=param.device, dtype=wide)
         return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        super().load_state_dict(state_dict)
+        # torch rounds what it loads to the parameter's dtype; the state of a narrow one is wide.
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if key != "step":
+                    self.state[param][key] = value.to(param.device, _wide(param))
 
     def _sum(
         self, works: list["_Work"], parts: list[Tensor], take: Callable[["_Work", Tensor], None]
@@ -98,7 +112,7 @@ class Adafactor(torch.optim.Optimizer):
         shares = [part / work.copies for part, work in zip(parts, works, strict=True)]
         whole = self._total(torch.cat(shares)).split([len(part) for part in parts])
         for work, vector in zip(works, whole, strict=True):
-            take(work, vector)
+            take(work, vector.to(work.wide))
 
 
 def build_adafactor(
@@ -137,21 +151,22 @@ class _Work:
     group: dict[str, Any]
     copies: int
     numel: int
+    wide: torch.dtype
 
     @staticmethod
     def of(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], copies: int) -> "_Work":
         assert param.grad is not None
         state["step"] += 1
         grad = shard_of(param.grad).local
-        return _Work(shard_of(param), grad, state, group, copies, param.numel())
+        return _Work(shard_of(param), grad, state, group, copies, param.numel(), _wide(param))
 
     def squares(self) -> Tensor:
         """Sums of squares of this box: the parameter's, then the gradient's rows and columns."""
-        parts = [_square(self.box.local).view(1)]
+        parts = [self._square(self.box.local).view(1)]
         if "square" not in self.state:
             for key, dim in (("rows", -1), ("columns", -2)):
                 whole = torch.zeros_like(self.state[key])
-                own = torch.linalg.vector_norm(self.grad, dim=dim, dtype=torch.float32).square()
+                own = torch.linalg.vector_norm(self.grad, dim=dim, dtype=self.wide).square()
                 whole[self._place(key)] = own
                 parts.append(whole.flatten())
         return torch.cat(parts)
@@ -162,7 +177,7 @@ class _Work:
         self.scale = (total[0] / self.numel).sqrt().clamp_min(_SCALE)
         weight = float(self.state["step"]) ** -self.group["decay"]
         if "square" in self.state:
-            own = self.grad.float().square().add_(_SQUARE)
+            own = self.grad.to(self.wide).square().add_(_SQUARE)
             shard_of(self.state["square"]).local.lerp_(own, weight)
             return
         rows, columns = self.state["rows"], self.state["columns"]
@@ -174,8 +189,8 @@ class _Work:
     def update_square(self) -> Tensor:
         """The sum of squares of this box's update."""
         if "square" in self.state:
-            return _square(self.grad.float() * self._by_number()).view(1)
-        total = torch.zeros(1, device=self.grad.device)
+            return self._square(self.grad.to(self.wide) * self._by_number()).view(1)
+        total = torch.zeros(1, device=self.grad.device, dtype=self.wide)
         for _, by_rows, by_column in self._parts(*self._by_rows_and_columns()):
             column = torch.linalg.vector_norm(by_rows, dim=-2)
             total += (column * by_column.squeeze(-2)).square().sum()
@@ -192,11 +207,16 @@ class _Work:
         if decay := self.group["lr"] * self.group["weight_decay"]:
             values.mul_(1 - decay)
         if "square" in self.state:
-            values.sub_((self.grad.float() * (self._by_number() * self.length)).to(values.dtype))
+            update = self.grad.to(self.wide) * (self._by_number() * self.length)
+            values.sub_(update.to(values.dtype))
             return
         by_row, by_column = self._by_rows_and_columns()
         for place, update, columns in self._parts(by_row * self.length, by_column):
             values[place].sub_(update.mul_(columns).to(values.dtype))
+
+    def _square(self, values: Tensor) -> Tensor:
+        """The sum of squares."""
+        return torch.linalg.vector_norm(values, dtype=self.wide).square()
 
     def _by_number(self) -> Tensor:
         """What a vector's gradient is multiplied by."""
@@ -218,7 +238,7 @@ class _Work:
         stack = self.grad.dim() - 2
         at_once = _AT_ONCE.get(self.grad.device.type, _AT_ONCE_ON_GPUS)
         for place in _slabs(tuple(self.grad.shape), at_once):
-            by_rows = self.grad[place].to(torch.float32, copy=True)
+            by_rows = self.grad[place].to(self.wide, copy=True)
             by_rows.mul_(by_row[place].unsqueeze(-1))
             yield place, by_rows, by_column[place[:stack]].unsqueeze(-2)
 
@@ -230,9 +250,9 @@ class _Work:
         return tuple(slice(a, a + n) for a, n in zip(begins, sizes, strict=True))
 
 
-def _square(values: Tensor) -> Tensor:
-    """The sum of squares, in float32."""
-    return torch.linalg.vector_norm(values, dtype=torch.float32).square()
+def _wide(param: Tensor) -> torch.dtype:
+    """What a parameter's statistics are in."""
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def _slabs(shape: tuple[int, ...], at_once: int) -> Iterator[tuple[int | slice, ...]]:

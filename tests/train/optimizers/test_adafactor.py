@@ -50,13 +50,17 @@ def test_it_is_torchs_while_the_rate_is_below_one_over_the_root_of_the_step() ->
         assert_close("parameter", one.detach(), two.detach(), 1e-6)
 
 
-def test_two_steps_by_the_papers_formula_in_float64() -> None:
-    (param, *_) = parameters()
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str
+)
+def test_two_steps_by_the_papers_formula_in_float64(dtype: torch.dtype, tolerance: float) -> None:
+    (param, *_) = parameters(dtype)
     value = param.detach().double()
-    optimizer = Adafactor([{"params": [param]}], lr=0.5, decay=0.8)
+    beside = nn.Parameter(torch.ones(3))  # of another width, in the same sums over ranks
+    optimizer = Adafactor([{"params": [param, beside]}], lr=0.5, decay=0.8)
     rows, columns = torch.zeros(5, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
     for t in (1, 2):
-        step([param], optimizer, t)
+        step([param, beside], optimizer, t)
         assert param.grad is not None
         grad = param.grad.double()
         beta = 1 - t**-0.8
@@ -65,7 +69,7 @@ def test_two_steps_by_the_papers_formula_in_float64() -> None:
         update = grad / (rows[:, None] * columns[None] / rows.mean()).sqrt()
         update /= max(1.0, float(update.square().mean().sqrt()))
         value -= 0.5 * max(1e-3, float(value.square().mean().sqrt())) * update
-    assert_close("parameter", param.detach().double(), value, 1e-6)
+    assert_close("parameter", param.detach().double(), value, tolerance)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 8, 24, 1000])
@@ -114,6 +118,25 @@ def test_the_state_is_as_long_as_rows_and_columns() -> None:
     assert shapes[1] == {"step": (), "rows": (3, 2, 6), "columns": (3, 2, 4)}
     assert shapes[2] == {"step": (), "square": (9,)}
     assert {v.dtype for p in params for v in optimizer.state[p].values()} == {torch.float32}
+
+
+def stepped(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, numbers: range
+) -> list[torch.Tensor]:
+    for number in numbers:
+        step(params, optimizer, number)
+    return [param.detach().clone() for param in params]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_state_that_was_saved_goes_on_in_its_own_width(dtype: torch.dtype) -> None:
+    whole, halves = parameters(dtype), parameters(dtype)
+    expected = stepped(whole, Adafactor([{"params": whole}], lr=1e-2), range(1, 6))
+    first, second = (Adafactor([{"params": halves}], lr=1e-2) for _ in range(2))
+    stepped(halves, first, range(1, 4))
+    second.load_state_dict(first.state_dict())
+    for one, other in zip(expected, stepped(halves, second, range(4, 6)), strict=True):
+        assert torch.equal(one, other)
 
 
 def passes_of(degrees: dict[str, Any], zero: int) -> Passes:
