@@ -12,8 +12,14 @@ if [ "$MODEL" = test ]; then RANKS=${RANKS:-4}; else RANKS=${RANKS:-8}; fi
 PYTHON=${PYTHON:-python3}
 
 cd "$(dirname "$0")/../.."
+RUN_FILE=examples/openmoe/$MODEL-$PLUGIN.toml
+if [ ! -f "$RUN_FILE" ]; then
+  echo "error: there is no $RUN_FILE; MODEL is test, base or 8b, PLUGIN ep, ep_zero or hybrid," \
+    "got MODEL=$MODEL PLUGIN=$PLUGIN" >&2
+  exit 2
+fi
 # A CPU is shared by all ranks.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "$MODEL" = test ]; then set -- --run.device=cpu "$@"; fi
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" \
-  -m expertmesh train "examples/openmoe/$MODEL-$PLUGIN.toml" "$@"
+  -m expertmesh train "$RUN_FILE" "$@"

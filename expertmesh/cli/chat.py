@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _parser().parse_args(argv)
     sampling.check_options(args)
+    sampling.check_text("--system", args.system or "")
     from expertmesh.errors import require
 
     require("transformers", extra="hf")
@@ -72,9 +73,12 @@ def _messages(terminal: bool) -> Iterator[str]:
     if terminal:
         print(f"{_NEW} begins a new conversation, Ctrl-D ends", file=sys.stderr)
     lines = iter(lambda: _line("> "), None) if terminal else sys.stdin
-    for line in lines:
-        if message := str(line).strip():
-            yield message
+    try:
+        for line in lines:
+            if message := str(line).strip():
+                yield message
+    except UnicodeDecodeError as error:
+        raise UserError(f"messages must be UTF-8 text: {error}; convert them first") from error
 
 
 def _line(prompt: str) -> str | None:
@@ -107,8 +111,9 @@ class _Chat:
         """Print the answer to a message, and remember both.
 
         Raises:
-            UserError: If the message alone is too long.
+            UserError: If the message alone is too long, or no text.
         """
+        sampling.check_text("the message", message)
         turns = [*self.turns, {"role": "user", "content": message}]
         ids, new_tokens, turns = self._fitting(turns)
         endings, criteria = self._stops(len(ids))

@@ -56,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", type=Path, nargs="?", metavar="DST", help="folder to write")
     parser.add_argument(
         "--to",
-        default="published",
         metavar="KIND",
         help="published (default); for openmoe per-expert or t5x, for the others stacked",
     )
@@ -72,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="copy these too (default: SRC's, or a run's)",
     )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="N", help="largest file (default: 5)"
-    )
+    parser.add_argument("--shard-gb", type=float, metavar="N", help="largest file (default: 5)")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -89,26 +86,27 @@ def _convert(family: "Family", args: argparse.Namespace) -> int:
     from expertmesh.convert import command
     from expertmesh.errors import nearest
 
-    if args.to not in family.kinds:
+    to = "published" if args.to is None else args.to
+    if to not in family.kinds:
         raise UserError(
-            f"--to must be one of {', '.join(family.kinds)}, got {args.to!r}"
-            + nearest(args.to, family.kinds)
+            f"--to must be one of {', '.join(family.kinds)}, got {to!r}" + nearest(to, family.kinds)
         )
-    if not (math.isfinite(args.shard_gb) and args.shard_gb > 0):
-        raise UserError(f"--shard-gb must be above 0, got {args.shard_gb:g}")
+    shard_bytes = 1e9 * (5.0 if args.shard_gb is None else args.shard_gb)
+    if not 0 < shard_bytes < math.inf:
+        raise UserError(f"--shard-gb must be above 0 and finite, got {args.shard_gb:g}")
     given = _given(family, args)
     print(f"from  {given.source.path}: {given.kind}, {_size(given.source.tensors)}")
     tensors = command.convert(
         family,
         given,
         args.destination,
-        args.to,
+        to,
         dtype=None if args.dtype is None else getattr(torch, DTYPES[args.dtype]),
-        shard_bytes=int(args.shard_gb * 1e9),
+        shard_bytes=int(shard_bytes),
         tokenizer=_tokenizer(args),
         progress=_Progress(given.config.num_params),
     )
-    print(f"to    {args.destination}: {args.to}, {_size(tensors)}")
+    print(f"to    {args.destination}: {to}, {_size(tensors)}")
     print("read back: names, shapes and SHA-256 of every tensor agree")
     return 0
 
@@ -116,6 +114,7 @@ def _convert(family: "Family", args: argparse.Namespace) -> int:
 def _verify(family: "Family", args: argparse.Namespace) -> int:
     from expertmesh.convert import command
 
+    _check_verify(args)
     if args.destination is None:
         tensors = command.verify_alone(args.source)
         print(f"{args.source}: {_size(tensors)}, all as its manifest says")
@@ -125,6 +124,17 @@ def _verify(family: "Family", args: argparse.Namespace) -> int:
     tensors = command.verify(family, given, args.destination, progress)
     print(f"{args.destination}: {_size(tensors)}, all as in {args.source}")
     return 0
+
+
+def _check_verify(args: argparse.Namespace) -> None:
+    """Refuse what says how to write, where nothing is written."""
+    names = ["to", "dtype", "tokenizer", "shard_gb"]
+    if args.destination is None:
+        names.append("config")
+    given = [name for name in names if getattr(args, name) is not None]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"--verify writes nothing, got {flags} beside it; leave that out")
 
 
 def _given(family: "Family", args: argparse.Namespace) -> "Given":

@@ -91,7 +91,13 @@ def _fetch(names: list[str], *, again: bool) -> None:
 
 def _show(name: str, fields: tuple[str, ...]) -> None:
     from expertmesh.data.catalog import CATALOG
+    from expertmesh.errors import UserError
 
+    if name in CATALOG and fields:
+        raise UserError(
+            f"--fields is for files, folders and hf:NAME, got {' '.join(fields)} for {name}, "
+            "which is read as the catalog says; leave it out"
+        )
     if name in CATALOG and CATALOG[name].kind == "tokenizer":
         _show_tokenizer(name)
     else:
@@ -126,8 +132,11 @@ def _show_tokenizer(name: str) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from expertmesh.data import build_data
     from expertmesh.data.preview import preview
+    from expertmesh.errors import UserError
     from expertmesh.train.run_file import load_run_file, parse_run
 
+    if args.samples < 1:
+        raise UserError(f"--samples must be at least 1, got {args.samples}")
     given = {name: getattr(args, name) for name in _OF_DATA if getattr(args, name) is not None}
     overrides = [f"--data.{name}={value}" for name, value in given.items()]
     if args.source.endswith(".toml"):

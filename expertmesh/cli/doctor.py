@@ -31,8 +31,13 @@ def main(argv: list[str]) -> int:
     parser.parse_args(argv)
     from rich.console import Console
 
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            # By itself it would exit with 1, as if something had failed.
+            raise BrokenPipeError
+
     # Brackets in what backends say, as in expertmesh[gpu], are text.
-    console = Console(markup=False)
+    console = Quiet(markup=False)
     for table in (_machine(), _choices(), _products(), _operations(), _backends(), _extras()):
         console.print(table)
     return 0

@@ -79,6 +79,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(given)} goes with --model, not with a RUN")
     sampling.check_options(args)
     sampling.check_ranges(args, {"num_samples": ("at least 1", args.num_samples >= 1)})
+    sampling.check_text("--prompt", args.prompt)
+    # Said now, and not when the text is written.
+    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
+        raise UserError(f"--output must be a file in a folder that is there, got {args.output}")
 
 
 def _sample(model: "TextModel", args: argparse.Namespace, seed: int) -> str:

@@ -79,7 +79,8 @@ def make_job(args: argparse.Namespace, program: Sequence[str]) -> "Job":
     places: tuple[Place, ...] = (ThisMachine(),)
     if args.hostfile is not None:
         hosts = read_hostfile(args.hostfile, args.nproc_per_node)
-        places = tuple(OverSSH(host.name, shlex.split(args.ssh)) for host in hosts)
+        ssh = _ssh(args.ssh)
+        places = tuple(OverSSH(host.name, ssh) for host in hosts)
     elif args.nproc_per_node is None:
         raise UserError("--nproc-per-node must say how many processes to start")
     else:
@@ -129,9 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="times that all ranks start again, from the last checkpoint, when one failed",
     )
-    parser.add_argument(
-        "--ssh", default="ssh", metavar="WORDS", help='how ssh is called (default: "ssh")'
-    )
+    parser.add_argument("--ssh", metavar="WORDS", help='how the hosts are reached (default: "ssh")')
     return parser
 
 
@@ -151,6 +150,22 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(
             f"--standalone takes a free port, got --port {args.port} too; leave one of them out"
         )
+    if args.hostfile is None and args.ssh is not None:
+        raise UserError(
+            f"--ssh is for the hosts of a --hostfile, got {args.ssh!r} without one; leave it out"
+        )
+
+
+def _ssh(words: str | None) -> list[str]:
+    from expertmesh.errors import UserError
+
+    try:
+        split = ["ssh"] if words is None else shlex.split(words)
+    except ValueError as error:
+        raise UserError(f"--ssh must be words for a shell, got {words}: {error}") from error
+    if not split:
+        raise UserError('--ssh must say how ssh is called, as in "ssh -p 2222", got nothing')
+    return split
 
 
 def _check_gpus(gpus: str | None, num_processes: int) -> None:

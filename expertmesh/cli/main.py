@@ -37,17 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _let_waiting_threads_sleep()
     try:
-        return _run(words)
+        return _run_and_flush(words)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output is gone (`expertmesh ... | head`); nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG) == "1":
             raise
+        try:
+            # What was said before the mistake stands before it, in a file or a pipe too.
+            _flush()
+        except OSError:
+            _drop_output()
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
 
@@ -60,6 +65,33 @@ def _let_waiting_threads_sleep() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _run_and_flush(words: list[str]) -> int:
+    """Run a command, and meet a reader that is gone or a full disk here, not after the end."""
+    try:
+        status = _run(words)
+    except SystemExit:
+        _flush()
+        raise
+    _flush()
+    return status
+
+
+def _flush() -> None:
+    # None where the program was started with its output closed.
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"
+        raise
+
+
+def _drop_output() -> None:
+    """Let Python throw away at its end what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What `generate` and `chat` share: how tokens are drawn, and text shown as it is made."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,9 +42,14 @@ def check_options(args: argparse.Namespace) -> None:
                 "at least 1",
                 args.max_new_tokens is None or args.max_new_tokens >= 1,
             ),
-            "temperature": ("at least 0", args.temperature >= 0),
+            # Logits over less than this, or infinity over infinity, are no numbers.
+            "temperature": (
+                "0, or at least 1e-6 and finite",
+                args.temperature == 0 or 1e-6 <= args.temperature < math.inf,
+            ),
             "top_p": ("above 0 and at most 1", 0 < args.top_p <= 1),
             "top_k": ("at least 0", args.top_k >= 0),
+            "seed": ("at least -2**63 and below 2**63", -(2**63) <= args.seed < 2**63),
         },
     )
 
@@ -60,6 +66,21 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[str, bool]]) 
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} must be {expected}, got {getattr(args, name)}")
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse bytes that are no text: they come as lone surrogates, which no tokenizer takes.
+
+    Raises:
+        UserError: Names what holds them.
+    """
+    from expertmesh.errors import UserError
+
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = ascii(text[error.start : error.end])
+        raise UserError(f"{what} must be UTF-8 text, got {shown} in it; convert it first") from None
 
 
 def drawing(args: argparse.Namespace) -> dict[str, Any]:

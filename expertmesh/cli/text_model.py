@@ -16,6 +16,8 @@ DTYPES = {
     "fp32": "float32",
     "fp64": "float64",
 }
+_DESCRIPTIONS = ("config.json", "adapter_config.json")
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -131,7 +133,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> Non
         "--device-map",
         metavar="MAP",
         help="auto, a device, or JSON of module names to devices, cpu or disk "
-        "(default: auto where there is a GPU)",
+        "(default: auto where there is a GPU, or with --max-memory)",
     )
     parser.add_argument(
         "--max-memory", metavar="MAP", help="for --device-map auto, such as 0=38GiB,cpu=50GiB"
@@ -155,9 +157,11 @@ def of_folder(args: argparse.Namespace) -> TextModel:
     name = args.model
     # A name below a folder that is here was meant as a folder too: the hub is not asked.
     local = name.startswith(".") or ("/" in name and Path(name).parent.is_dir())
-    if not Path(name).exists() and (local or not _HUB_NAME.fullmatch(name)):
+    if not name or (not Path(name).exists() and (local or not _HUB_NAME.fullmatch(name))):
         raise UserError(f"--model {name}: there is no such folder")
     _check_no_run(Path(name))
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _DESCRIPTIONS):
+        raise UserError(f"--model {name} has no config.json, so it is no folder of a model")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     dtype = DTYPES[args.dtype]
@@ -166,11 +170,12 @@ def of_folder(args: argparse.Namespace) -> TextModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (ValueError, OSError):
+    except UserError:
         raise
     # Anything may be in a folder, and the libraries that read it raise what they like.
     except Exception as error:
-        raise UserError(f"--model {name} cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {name} cannot be loaded: {reason}") from error
     _check_vocabulary(name, tokenizer, model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
@@ -213,9 +218,18 @@ def _placing(args: argparse.Namespace) -> dict[str, Any]:
     """``device_map`` and what goes with it, as transformers takes them."""
     import torch
 
+    from expertmesh.errors import UserError
+
     device_map: Any = args.device_map
+    if args.max_memory is not None and device_map not in (None, *_AUTOMATIC):
+        raise UserError(
+            f"--max-memory goes with --device-map auto, got --device-map {device_map}; "
+            "leave one of them out"
+        )
     if device_map is None:
-        device_map = "auto" if torch.cuda.is_available() else None
+        # Limits say where weights may go, also where there is no GPU.
+        wanted = torch.cuda.is_available() or args.max_memory is not None
+        device_map = "auto" if wanted else None
     elif device_map.startswith("{"):
         device_map = _json_map(device_map)
     elif device_map.isdigit():

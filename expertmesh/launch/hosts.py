@@ -34,8 +34,12 @@ def read_hostfile(path: Path, num_processes: int | None) -> list[Host]:
     """
     if not path.is_file():
         raise UserError(f"--hostfile must be a file with lines `host [slots=N]`, got {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {path} cannot be read: {error}") from error
     hosts: list[Host] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].split()
         if words:
             hosts.append(_host(words, f"{path}:{number}", num_processes))

@@ -55,7 +55,10 @@ def _usable(entry: object) -> bool:
     if not isinstance(entry, Mapping):
         return False
     numbers = all(isinstance(entry.get(key), int | float) for key in ("guessed", "unguided"))
-    lists = all(isinstance(entry.get(key), list) for key in ("ids", "favourite"))
+    lists = all(
+        isinstance(entry.get(key), list) and all(isinstance(value, int) for value in entry[key])
+        for key in ("ids", "favourite")
+    )
     return numbers and lists and len(entry["ids"]) == len(entry["favourite"])
 
 

@@ -205,11 +205,31 @@ def _records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line, parse_int=_int64)
+    except (ValueError, RecursionError):
         return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if is_record else None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return record if _are_layers(record.get("layers") or {}) else None
+
+
+def _int64(digits: str) -> int:
+    value = int(digits)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{digits} is no step and no count")
+    return value
+
+
+def _are_layers(layers: object) -> bool:
+    """Whether a line's layers have their numbers by expert and by position where they belong."""
+    if not isinstance(layers, dict) or not all(isinstance(x, dict) for x in layers.values()):
+        return False
+    lists = [layer.get(key) for layer in layers.values() for key in ("load", "dropped_by_position")]
+    return all(
+        isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+        for values in lists
+        if values is not None
+    )
 
 
 def _number(value: object) -> float:
@@ -282,7 +302,7 @@ def _expert_tokens(path: Path, notes: list[str]) -> dict[str, tuple[tuple[TokenC
             )
             for name, layer in layers.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         notes.append(f"{path.name} is not readable, so there is no table of tokens")
         return {}
 

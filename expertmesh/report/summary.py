@@ -67,7 +67,8 @@ def _progress(run: Run) -> Iterator[Fact]:
     yield Fact("steps", f"{run.last_step:,}", f"of {planned:,}: not finished" if unfinished else "")
     tokens, seconds = run.metrics.get("tokens"), run.metrics.get("seconds")
     if tokens:
-        remark = f"in {duration(seconds.last)}" if seconds else ""
+        known = seconds if seconds and math.isfinite(seconds.last) else None
+        remark = f"in {duration(known.last)}" if known else ""
         yield Fact("tokens trained on", quantity(tokens.last), remark)
 
 

@@ -79,6 +79,19 @@ def test_a_message_that_is_too_long_is_one_line(
     assert "error: the message must be shorter than the model's max_position_embeddings" in errors
 
 
+def test_bytes_that_are_no_text_are_one_line(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(monkeypatch, folder, "caf\udce9\n") == 2
+    assert "error: the message must be UTF-8 text, got '\\udce9'" in capsys.readouterr().err
+    assert chat(monkeypatch, folder, "six?\n", "--system", "caf\udce9") == 2
+    assert "error: --system must be UTF-8 text, got '\\udce9'" in capsys.readouterr().err
+    strict = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", strict)
+    assert main(["chat", "--model", folder]) == 2
+    assert "error: messages must be UTF-8 text: " in capsys.readouterr().err
+
+
 def test_on_a_terminal_a_mistake_ends_nothing(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

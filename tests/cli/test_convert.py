@@ -23,8 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["SRC"], r"give the folder to write, or --verify"),
         (["SRC", "DST", "--to", "per-expart"], r"got 'per-expart'; did you mean 'per-expert'\?"),
-        (["SRC", "DST", "--shard-gb", "0"], r"--shard-gb must be above 0, got 0"),
-        (["SRC", "DST", "--shard-gb", "nan"], r"--shard-gb must be above 0, got nan"),
+        (["SRC", "DST", "--shard-gb", "0"], r"--shard-gb must be above 0 and finite, got 0"),
+        (["SRC", "DST", "--shard-gb", "nan"], r"--shard-gb must be above 0 and finite, got nan"),
+        (["SRC", "DST", "--shard-gb", "1e300"], r"--shard-gb must be above 0 and finite"),
+        (["SRC", "--verify", "--config", "openmoe-8b"], r"writes nothing, got --config beside it"),
+        (
+            ["SRC", "SRC", "--verify", "--to", "t5x", "--dtype", "bf16", "--shard-gb", "1"],
+            r"--verify writes nothing, got --to, --dtype, --shard-gb beside it; leave that out",
+        ),
         (["nowhere", "DST"], r"nowhere has neither model.safetensors nor"),
         (["SRC", "DST", "--config", "nowhere.json"], r"nowhere.json is missing"),
         (["SRC", "DST", "--config", "openmoe-8b"], r"SRC does not fit the model; missing: "),

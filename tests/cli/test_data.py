@@ -86,6 +86,18 @@ def test_preview_a_file_and_a_run_file(tmp_path, capsys):
         main(["preview", source, "--seq-len", "x"])
 
 
+@pytest.mark.parametrize("samples", ["0", "-1"])
+def test_preview_shows_a_sample_or_says_why_not(samples):
+    with pytest.raises(UserError, match=f"--samples must be at least 1, got {samples}"):
+        main(["preview", "nowhere", "--samples", samples])
+
+
+@pytest.mark.parametrize("name", ["alpaca-demo", "tokenizer-umt5"])
+def test_a_name_of_the_catalog_has_its_own_fields(name):
+    with pytest.raises(UserError, match=f"got a b for {name}, which is read as the catalog says"):
+        main(["show", name, "--fields", "a", "b"])
+
+
 def test_a_misspelt_name_fetches_nothing(tales, tmp_path):
     with pytest.raises(UserError, match="did you mean 'tales'"):
         main(["fetch", "tales", "tale"])

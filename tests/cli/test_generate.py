@@ -62,6 +62,9 @@ def test_several_samples_from_an_empty_prompt(
     [
         ("--max-new-tokens", "0"),
         ("--temperature", "-1"),
+        ("--temperature", "1e-300"),
+        ("--temperature", "inf"),
+        ("--seed", "9" * 30),
         ("--top-p", "0"),
         ("--top-k", "-1"),
         ("--num-samples", "0"),
@@ -182,11 +185,21 @@ def test_llamas_folder_writes_text(
         ([], "give either a RUN"),
         (["a", "--model", "b"], "give either a RUN"),
         (["a", "--dtype", "bf16"], "--dtype goes with --model"),
+        (["a", "--prompt", "half \udce9 character"], "--prompt must be UTF-8 text, got '\\udce9'"),
+        (["a", "--output", "runs"], "--output must be a file in a folder that is there, got runs"),
+        (["a", "--output", "not/there.txt"], "--output must be a file in a folder that is there"),
+        (["--model", ""], "--model : there is no such folder"),
+        (["--model", "./runs"], "--model ./runs has no config.json"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--model", "runs/nowhere"], "--model runs/nowhere: there is no such folder"),
         (["--model", "OPENMOE", "--device-map", "{0:"], "--device-map is no JSON"),
         (["--model", "OPENMOE", "--device-map", "{}"], "device_map says nothing of"),
         (["--model", "OPENMOE", "--max-memory", "40GiB"], "--max-memory must be such as"),
+        (["--model", "OPENMOE", "--max-memory", "cpu=much"], "`size` much is not in a valid"),
+        (
+            ["--model", "OPENMOE", "--max-memory", "cpu=1GiB", "--device-map", "cpu"],
+            "--max-memory goes with --device-map auto, got --device-map cpu",
+        ),
         (["--model", "OPENMOE", "--device-map", "gpu"], "device"),
         (["--model", "OPENMOE", "--max-new-tokens", "40"], "set --max-new-tokens=39"),
         (["--model", "OPENMOE", "--prompt", "z" * 60], "max_position_embeddings=40"),
@@ -223,6 +236,15 @@ def test_a_run_is_no_folder_of_transformers(
     assert f"--model {run.folder} is a run: `expertmesh generate {run.folder}` reads it; " in told
     advice = f"--model {run.folder}/published holds" if published else "train.save_published writes"
     assert advice in told
+
+
+def test_what_libraries_say_of_a_folder_is_one_line_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["generate", "--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --model {tmp_path} cannot be loaded: ")
 
 
 def test_a_broken_checkpoint_is_one_line(

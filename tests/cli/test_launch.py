@@ -73,11 +73,26 @@ def test_on_hosts_that_are_tried_first(started, tmp_path):
         (["--nproc-per-node=1", "--gpus=0,,1", "--", "train", "x"], "must be a list such as"),
         (["--nproc-per-node=2", "--gpus=1,1", "--", "train", "x"], "got '1,1'"),
         (["--hostfile=nowhere", "--", "train", "x"], "--hostfile must be a file"),
+        (
+            ["--nproc-per-node=1", "--ssh=ssh -p 2", "--", "train", "x"],
+            "--ssh is for the hosts of a --hostfile, got 'ssh -p 2' without one",
+        ),
     ],
 )
 def test_options_that_do_not_fit(words, message, started):
     with pytest.raises(UserError, match=message):
         main(words)
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("ssh", "message"),
+    [("ssh '", "--ssh must be words for a shell, got ssh '"), (" ", "--ssh must say how ssh")],
+)
+def test_how_ssh_is_called_is_checked(ssh, message, started, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=2\n")
+    with pytest.raises(UserError, match=message):
+        main([f"--hostfile={tmp_path / 'hosts'}", f"--ssh={ssh}", "--", "train", "x"])
     assert started == []
 
 

@@ -1,6 +1,8 @@
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +94,62 @@ def test_ctrl_c_ends_cleanly(
     command(monkeypatch, run)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["train", "--help"], ["data", "list"], ["doctor"]]
+)
+def test_a_reader_that_is_gone_is_no_failure(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = _buffered(words, writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["train", "--help"]])
+def test_output_that_finds_no_room_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+        done = _buffered(words, file.fileno(), file_size=0)
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output: File too large\n"
+
+
+def test_what_was_printed_stands_before_the_mistake() -> None:
+    code = (
+        "import sys; from expertmesh.cli import main as cli, data\n"
+        "def run(argv): print('first'); raise ValueError('then')\n"
+        "data.main = run; sys.exit(cli.main(['data']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_buffering(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "first\nerror: then\n")
+
+
+def _buffered(
+    words: list[str], output: int, *, file_size: int = resource.RLIM_INFINITY
+) -> "subprocess.CompletedProcess[str]":
+    limits = (file_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    return subprocess.run(
+        [sys.executable, "-m", "expertmesh", *words],
+        env=_buffering(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+
+
+def _buffering() -> dict[str, str]:
+    """The environment, with Python holding output back as it does unless told otherwise."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
 
 
 def test_as_a_module_with_a_mistake() -> None:

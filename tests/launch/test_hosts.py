@@ -44,3 +44,9 @@ def test_a_host_without_a_number_of_processes(tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match=r"--hostfile must be a file .* got .*nowhere"):
         read_hostfile(tmp_path / "nowhere", 1)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "hosts").write_bytes(b"a\n\xff\xfe\n")
+    with pytest.raises(UserError, match=r"--hostfile .*hosts cannot be read: 'utf-8' codec"):
+        read_hostfile(tmp_path / "hosts", 1)

@@ -257,6 +257,21 @@ def test_the_shell_script_runs_as_committed(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "published" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("name", "value"), [("MODEL", "34b"), ("PLUGIN", "eep")])
+def test_the_shell_script_names_what_there_is(name: str, value: str) -> None:
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "train.sh")],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "MODEL is test, base or 8b, PLUGIN ep, ep_zero or hybrid, got" in done.stderr
+    assert f"{name}={value}" in done.stderr
+
+
 def test_what_is_printed_is_a_run_file_that_gives_the_same_run() -> None:
     flags = SCRIPT.parser().parse_args(["--plugin=hybrid", "-d", "alpaca-demo"])
     content = SCRIPT.tables(flags, 8)

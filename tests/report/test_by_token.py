@@ -34,7 +34,8 @@ def test_ids_that_one_of_two_evaluations_lacks_are_left_out() -> None:
 def test_malformed_entries_are_left_out() -> None:
     good = entry(0.5, {1: 1})
     torn = {"by_token": {**good["by_token"], "favourite": []}}
+    nested = {"by_token": {**good["by_token"], "ids": [[1]]}}
     empty = {"by_token": {"guessed": None, "unguided": None, "ids": [], "favourite": []}}
-    found = by_token([(1, torn), (2, empty), (3, {"by_token": 7}), (4, good), (5, {})])
+    found = by_token([(1, torn), (2, empty), (3, {"by_token": 7}), (4, good), (5, {}), (6, nested)])
     assert found.step.tolist() == [4]
     assert len(by_token([])) == 0

@@ -76,6 +76,39 @@ def test_a_torn_line_in_the_middle_is_counted(tmp_path: Path) -> None:
     assert run.notes == ("1 of 59 lines of metrics.jsonl are not readable",)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["blocks.1.moe"],
+        {"blocks.1.moe": [1]},
+        {"blocks.1.moe": {"load": 7}},
+        {"blocks.1.moe": {"load": [[1], [2]]}},
+        {"blocks.1.moe": {"load": [1, None]}},
+        {"blocks.1.moe": {"load": [1, 10**400]}},
+        {"blocks.1.moe": {"load": [1, 2], "dropped_by_position": True}},
+        {"blocks.1.moe": {"load": [1, 2], "dropped_by_position": [{}]}},
+    ],
+)
+def test_a_damaged_line_of_routing_is_counted(tmp_path: Path, layers: object) -> None:
+    path = write_run(tmp_path / "run", num_layers=0)
+    good = {"blocks.1.moe": {"load": [3, 5]}}
+    records = [{"step": step, "layers": good} for step in (10, 30)]
+    write_lines(path / "routing.jsonl", [records[0], {"step": 20, "layers": layers}, records[1]])
+    run = read_run(path)
+    assert run.routing[0].step.tolist() == [10, 30]
+    assert run.notes == ("1 of 3 lines of routing.jsonl are not readable",)
+
+
+@pytest.mark.parametrize("step", [10**30, "1", None, 1.5])
+def test_a_step_that_is_none_is_counted(tmp_path: Path, step: object) -> None:
+    path = write_run(tmp_path / "run", num_layers=0)
+    records = [{"step": step, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    write_lines(path / "metrics.jsonl", records)
+    run = read_run(path)
+    assert run.metrics["loss"].value.tolist() == [2.0]
+    assert run.notes == ("1 of 2 lines of metrics.jsonl are not readable",)
+
+
 def test_what_a_resumed_run_wrote_anew_wins(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", num_layers=0)
     old = [{"step": step, "loss": 9.0} for step in range(10, 60, 10)]
@@ -114,6 +147,10 @@ def test_unreadable_optional_files_are_noted(tmp_path: Path) -> None:
     (path / "expert_tokens.json").write_text(json.dumps({"layers": [1]}), encoding="utf-8")
     (path / "config.toml").write_text("[run", encoding="utf-8")
     tokens, config = read_run(path).notes
+    (path / "expert_tokens.json").write_text(
+        '{"layers": {"a": {"experts": [[["x", Infinity, 1.0]]]}}}', encoding="utf-8"
+    )
+    assert read_run(path).notes == (tokens, config)
     assert tokens.startswith("expert_tokens.json is not readable")
     assert config.startswith("config.toml is not valid TOML")
 

@@ -87,6 +87,13 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert facts(path)["steps"].remark == "of 300: not finished"
 
 
+@pytest.mark.parametrize("seconds", [math.inf, math.nan])
+def test_a_time_that_is_no_number_is_left_out(tmp_path: Path, seconds: float) -> None:
+    path = write_run(tmp_path / "run", num_layers=0)
+    write_lines(path / "metrics.jsonl", [{"step": 1, "tokens": 16, "seconds": seconds}])
+    assert facts(path)["tokens trained on"] == summary.Fact("tokens trained on", "16")
+
+
 def test_best_validation_loss_is_named_if_it_is_not_the_last(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", num_layers=0)
     losses = [(10, 2.0), (20, 1.25), (30, 1.5)]
