@@ -121,6 +121,9 @@ def config_from(family: Family, file: Path, keys: dict[str, Any]) -> DecoderConf
         return family.decoder_config(keys)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
+    # A text where a number belongs, a list where a table does: told by what could not be done.
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file}: a value is of another kind than expected: {error}") from error
 
 
 def read_keys(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -137,7 +140,7 @@ def read_keys(path: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{file} is missing; give a folder with {CONFIG}, or such a file")
     try:
         keys: Any = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {error}") from error
     if not isinstance(keys, dict):
         raise UserError(f"{file} is no table of keys")

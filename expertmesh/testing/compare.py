@@ -16,8 +16,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
     NaN anywhere gives NaN. An infinity gives NaN or infinity, never a small number.
     """
-    wide_actual = actual.detach().double().cpu()
-    wide_expected = expected.detach().double().cpu()
+    has_imaginary = actual.is_complex() or expected.is_complex()
+    wide = torch.complex128 if has_imaginary else torch.float64
+    wide_actual = actual.detach().to(wide).cpu()
+    wide_expected = expected.detach().to(wide).cpu()
     norm = wide_expected.norm().item()
     return (wide_actual - wide_expected).norm().item() / (norm or 1.0)
 
@@ -49,3 +51,6 @@ def assert_close(
     print(f"{name}: relative error {error:.3g}, at most {limit:.3g}")
     if not error <= limit:
         raise AssertionError(f"{name}: relative error {error:.3g} exceeds {limit:.3g}")
+    # Integers that float64 rounds to the same number differ by no relative error.
+    if limit == 0.0 and not torch.equal(actual.cpu(), expected.cpu()):
+        raise AssertionError(f"{name}: not exactly equal")

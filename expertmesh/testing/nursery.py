@@ -36,8 +36,8 @@ _COMMON = (
     "torch.distributed.tensor",
 )
 _STACK_SIGNAL = signal.SIGUSR1
-# After a first failure the others may still be about to report the same.
-_GRACE_SECONDS = 1.0
+# After a first failure the others may still be about to report the same, behind a busy disk too.
+_GRACE_SECONDS = 5.0
 
 
 @dataclass
@@ -53,6 +53,12 @@ class _Rank:
     @property
     def finished(self) -> bool:
         return self.result is not None or self.failure is not None
+
+    def said_of_its_stack(self) -> str:
+        try:
+            return self.stack.read_text()
+        except FileNotFoundError:
+            return "the rank had not begun"
 
 
 @dataclass
@@ -75,11 +81,18 @@ class _Call:
                 return False
             if not ready:
                 break
-            for pipe in ready:
-                self._hear(pending[pipe])  # type: ignore[index]  # `wait` also takes sockets
+            heard = [pending[pipe] for pipe in ready]  # type: ignore[index]  # `wait` also takes sockets
+            for rank in heard:
+                self._hear(rank)
+            self._note_first([rank for rank in heard if rank.failure is not None])
             if self.first_failure is not None:
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         return True
+
+    def _note_first(self, failed: list[_Rank]) -> None:
+        """Of ranks whose failures were heard at once, one that died took the others along."""
+        if failed and self.first_failure is None:
+            self.first_failure = self.ranks.index(min(failed, key=lambda rank: rank.pid > 0))
 
     def _hear(self, rank: _Rank) -> None:
         try:
@@ -94,8 +107,6 @@ class _Call:
             rank.result = payload
             return
         rank.failure = payload
-        if self.first_failure is None:
-            self.first_failure = self.ranks.index(rank)
 
     def answer(self) -> Done | Failed | Hung:
         """What became of the call; ranks still at work are asked for their stack."""
@@ -107,7 +118,7 @@ class _Call:
             for rank in unfinished.values():
                 os.kill(rank.pid, _STACK_SIGNAL)
             time.sleep(0.5)
-            return Hung({i: rank.stack.read_text() for i, rank in unfinished.items()})
+            return Hung({i: rank.said_of_its_stack() for i, rank in unfinished.items()})
         return Done([rank.result for rank in self.ranks if rank.result is not None])
 
     def end(self) -> None:

@@ -24,10 +24,10 @@ def last_loss(output: str) -> float:
     return float(match[1])
 
 
-def torchrun(script: str, ranks: int) -> str:
-    """What a script prints."""
+def torchrun(script: str, ranks: int, folder: Path) -> str:
+    """What a script prints; torchrun's own files go into a folder."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--log-dir={folder}",
         f"--nproc-per-node={ranks}", str(EXAMPLES / script),
     ]  # fmt: skip
     run = subprocess.run(
@@ -55,15 +55,16 @@ def play(script: str, ep: int) -> str:
     return output.getvalue()
 
 
-def test_ddp_with_dealt_out_experts_equals_ddp_with_copies() -> None:
+def test_ddp_with_dealt_out_experts_equals_ddp_with_copies(tmp_path: Path) -> None:
     copies = run_on_ranks(2, play, "ddp.py", 1)[0]
     assert "ep=1" in copies
-    dealt_out = torchrun("ddp.py", 2)
+    dealt_out = torchrun("ddp.py", 2, tmp_path)
     assert "ep=2" in dealt_out
     assert last_loss(dealt_out) == pytest.approx(last_loss(copies), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_fsdp_on_four_ranks_equals_one_process() -> None:
+def test_fsdp_on_four_ranks_equals_one_process(tmp_path: Path) -> None:
     (alone,) = run_on_ranks(1, play, "fsdp.py", 1)
-    assert last_loss(torchrun("fsdp.py", 4)) == pytest.approx(last_loss(alone), rel=1e-5)
+    output = torchrun("fsdp.py", 4, tmp_path)
+    assert last_loss(output) == pytest.approx(last_loss(alone), rel=1e-5)

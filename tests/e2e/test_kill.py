@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh.train import toml
-from tests.parallel.test_processes import free_port
+from tests.ports import free_port
 from tests.train.tiny import tables
 
 pytestmark = pytest.mark.slow
@@ -52,6 +52,7 @@ class Job:
             meet = f"--rdzv-endpoint=localhost:{free_port()}"
             torchrun = [f"--nnodes={agents}", "--rdzv-backend=c10d", meet, "--rdzv-id=kill"]
         torchrun += [f"--nproc-per-node={num_ranks // agents}", f"--max-restarts={restarts}"]
+        torchrun += [f"--log-dir={folder / 'torchrun'}"]
         train = ["-m", "expertmesh", "train", "run.toml", f"--run.dir={run}", "--mesh.timeout=300"]
         self._log = folder / f"{run}.log"
         with self._log.open("a") as log:

@@ -16,6 +16,7 @@ SECTIONS = ["training", "equivalence", "layer", "checkpoint", "openmoe"]
 
 def run(folder: Path, *words: str) -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun += [f"--log-dir={folder / 'torchrun'}"]
     script = [str(ROOT / "benchmarks" / "multi_gpu.py"), "--tiny", f"--results={folder}"]
     done = subprocess.run(
         [*torchrun, *script, *words],

@@ -233,7 +233,7 @@ def test_a_router_is_the_same_by_kernels(
 
     expected, gradients = run()
     monkeypatch.setattr(topk, "serves", lambda x_TD, weight_ED: True)
-    monkeypatch.setattr("expertmesh.routing.losses.counts", lambda score_TE: True)
+    monkeypatch.setattr("expertmesh.routing.evidence.counts", lambda score_TE: True)
     actual, by_kernels = run()
     for field in ("chosen_TK", "expert_TK", "load_E", "num_dropped"):
         assert torch.equal(getattr(actual, field), getattr(expected, field)), field
@@ -346,7 +346,7 @@ def test_losses_of_several_ranks_by_kernels(monkeypatch: pytest.MonkeyPatch, sco
         return found, torch.autograd.grad(sum(found.values()), router.weight_ED)[0]
 
     (expected, exact), asked = run(), []
-    monkeypatch.setattr("expertmesh.routing.losses.counts", lambda table: not asked.append(table))
+    monkeypatch.setattr("expertmesh.routing.evidence.counts", lambda table: not asked.append(table))
     twins.asked = 0
     actual, gradient = run()
     assert asked

@@ -16,6 +16,7 @@ time.sleep(60)
 def run(tmp_path, source, *options):
     (tmp_path / "rank.py").write_text(source)
     words = ["-m", "expertmesh.launch.agent", str(tmp_path / "report.json"), "--standalone"]
+    words.append(f"--log-dir={tmp_path}")  # torchrun leaves it in the system's folder otherwise
     return subprocess.Popen(
         [sys.executable, *words, *options, "--nproc-per-node=2", str(tmp_path / "rank.py")],
         stdout=subprocess.PIPE,

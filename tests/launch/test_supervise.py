@@ -34,8 +34,9 @@ def ending(*failures):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
+    """Only of hosts that end when they are asked to; on a busy machine any of them may be late."""
     monkeypatch.setattr(supervise, "_SETTLE_SECONDS", 0.3)
-    monkeypatch.setattr(supervise, "_BEYOND_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(supervise, "_BEYOND_PATIENCE_SECONDS", 60.0)
 
 
 def run(**sources):
@@ -80,7 +81,9 @@ def test_torchrun_itself_may_fail():
     assert str(failure) == "a ended with status 1 (torchrun): no port"
 
 
-def test_a_connection_that_is_lost():
+def test_a_connection_that_is_lost(monkeypatch):
+    # A host that was asked to stop and is lost then did not answer.
+    monkeypatch.setattr(supervise, "_SETTLE_SECONDS", 60.0)
     lost = REPORTING + "print('Connection to a closed by remote host.'); sys.exit(255)"
     outcome, _ = run(a=lost, b=ending((2, 1, 5)))
     assert str(outcome.failures[0]) == (
@@ -89,7 +92,8 @@ def test_a_connection_that_is_lost():
     assert str(outcome.failures[1]) == "rank 2 on b ended with status 1"
 
 
-def test_a_host_that_does_not_stop_is_given_up():
+def test_a_host_that_does_not_stop_is_given_up(monkeypatch):
+    monkeypatch.setattr(supervise, "_BEYOND_PATIENCE_SECONDS", 0.5)
     start = time.monotonic()
     outcome, _ = run(a=ending((0, 1, 9)), b=DEAF)
     assert time.monotonic() - start < 20

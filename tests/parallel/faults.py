@@ -55,8 +55,14 @@ def killed_while_saving(path: Path) -> None:
 def one_killed_while_saving(path: Path) -> str:
     """Rank 1 dies while step 2 is saved in a thread; the others hear of it."""
     folder, model, optimizer = _begin(path)
-    if dist.get_rank() == 1:
-        pytest.MonkeyPatch().setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+    def die(handle: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def at_once(handle: int) -> None:
+        """The others have no time to wait for a disk: they are ended soon after the first."""
+
+    pytest.MonkeyPatch().setattr(os, "fsync", die if dist.get_rank() == 1 else at_once)
     folder.save(2, model, optimizer, {}, asynchronous=True)
     text = message(folder.wait)
     (path / f"heard-{dist.get_rank()}").write_text(text)

@@ -1,5 +1,4 @@
 import os
-import socket
 import time
 
 import pytest
@@ -14,6 +13,7 @@ from expertmesh.parallel.processes import (
     local_device,
 )
 from expertmesh.testing import run_on_ranks
+from tests.ports import free_port
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -48,12 +48,6 @@ def leave_the_pool(port: int) -> None:
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     assert joined_world() == 1
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def join_twice(port: int) -> tuple[int, float]:

@@ -52,3 +52,15 @@ def test_integers_are_exact_and_empty_passes() -> None:
     with pytest.raises(AssertionError):
         assert_close("n", torch.tensor([100, 101]), torch.tensor([100, 100]))
     assert_close("empty", torch.ones(0, 3), torch.ones(0, 3))
+
+
+def test_integers_that_float64_cannot_tell_apart_differ() -> None:
+    with pytest.raises(AssertionError, match="key: not exactly equal"):
+        assert_close("key", torch.tensor([2**53 + 1]), torch.tensor([2**53]))
+    assert_close("key", torch.tensor([2**53 + 1]), torch.tensor([2**53 + 1]))
+
+
+def test_imaginary_parts_count() -> None:
+    assert relative_error(torch.tensor([3 + 4j]), torch.tensor([3 + 0j])) == pytest.approx(4 / 3)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close("z", torch.tensor([1 + 1j]), torch.tensor([1 + 5j]), tol=0.1)
