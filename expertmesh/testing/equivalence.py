@@ -204,16 +204,18 @@ def errors(actual: Observation, expected: Observation) -> dict[str, float]:
 
 
 def worst(error: Mapping[str, float]) -> float:
-    """The largest, infinity where one is not a number."""
-    return max((inf if isnan(value) else value for value in error.values()), default=0.0)
+    """The largest of at least one, infinity where one is not a number."""
+    return max(inf if isnan(value) else value for value in error.values())
 
 
 def by_name(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     """Relative errors of tensors of the same names and shapes.
 
     Raises:
-        AssertionError: If names or shapes differ.
+        AssertionError: If names or shapes differ, or there are none: nothing would be compared.
     """
+    if not expected:
+        raise AssertionError("there is no tensor to compare with")
     if actual.keys() != expected.keys():
         raise AssertionError(f"only one of them has {sorted(actual.keys() ^ expected.keys())}")
     for name, tensor in expected.items():

@@ -72,7 +72,7 @@ class Stepper:
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total = self._backward(step, batch)
+        total = self.accumulate(step, batch)
         self._unscale()
         loss, norm = _read(total, self._norm())
         if not math.isfinite(loss):
@@ -92,11 +92,12 @@ class Stepper:
         update_selection_bias(self.model, self._reduce_counts)
         return StepResult(loss, None if skipped else norm, num_tokens(batch))
 
-    def accumulate(self, step: int, batch: Batch) -> float:
-        """Add the gradient of the whole step's loss, times the loss scale; returns the loss."""
-        return float(self._backward(step, batch))
+    def accumulate(self, step: int, batch: Batch) -> Tensor:
+        """Add the gradient of the whole step's loss, times the loss scale.
 
-    def _backward(self, step: int, batch: Batch) -> Tensor:
+        Returns:
+            The loss, a scalar on the device: the host has not waited for it.
+        """
         if batch.num_targets == 0:
             kind = "is empty" if batch.targets_BS.numel() == 0 else "is all padding"
             raise UserError(

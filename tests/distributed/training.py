@@ -155,7 +155,7 @@ def _gradients_before_clipping(stepper: Stepper, found: dict[str, Shard]) -> Ite
     """Note a step's gradients when they are complete and not clipped yet."""
     accumulate = stepper.accumulate
 
-    def noting(step: int, batch: Batch) -> float:
+    def noting(step: int, batch: Batch) -> Tensor:
         loss = accumulate(step, batch)
         params = stepper.model.named_parameters()
         found.update(pieces((name, p.grad) for name, p in params if p.grad is not None))

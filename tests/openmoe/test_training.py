@@ -162,7 +162,7 @@ def test_smoothed_targets_are_a_distribution_and_not_all_ones() -> None:
 def gradients(values: dict[str, Any], batch: Batch) -> tuple[float, dict[str, Tensor]]:
     trainer = Trainer(parse_run(values))
     trainer.model.train()
-    loss = trainer.stepper.accumulate(1, batch)
+    loss = float(trainer.stepper.accumulate(1, batch))
     return loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 

@@ -98,7 +98,13 @@ def test_a_number_that_is_none_is_the_worst() -> None:
     nan = errors(join([view([0, 1], losses=[5.0, float("nan")])], 2), expected)
     assert nan["losses"] == float("inf")
     assert worst({"a": 1.0, "b": float("nan"), "c": 2.0}) == float("inf")
-    assert worst({}) == 0.0
+
+
+def test_nothing_is_not_equal_to_nothing() -> None:
+    """Two runs whose gradients nobody noted agree about none of them."""
+    unseen = join([view([0, 1], gradients={})], 2)
+    with pytest.raises(AssertionError, match="there is no tensor to compare with"):
+        errors(unseen, unseen)
 
 
 def test_names_and_shapes_must_agree() -> None:

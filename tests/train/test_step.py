@@ -101,7 +101,7 @@ def test_noise_does_not_depend_on_micro_batches() -> None:
 def test_loss_is_the_sum_over_the_number_of_targets() -> None:
     batch = make_batch(lengths=[8, 3, 1, 6])
     stepper = make_stepper(2)
-    loss = stepper.accumulate(1, batch)
+    loss = float(stepper.accumulate(1, batch))
     stepper.model.train()
     logits = stepper.model(batch.tokens_BS, padding_mask=batch.padding_mask_BS)
     expected = token_loss(logits, batch.targets_BS).item() / 18
