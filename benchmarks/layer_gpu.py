@@ -123,11 +123,13 @@ def measure_layer(
     return times, saved
 
 
-def make_layer(shape: Shape) -> MoE:
+def make_layer(shape: Shape, backend: str = "auto") -> MoE:
     router = router_preset(
         shape.router, dim=shape.D, num_experts=shape.E, k=shape.K, seed=0, device="cuda"
     )
-    experts = GatedMLPExperts(shape.D, shape.F, shape.E, seed=0, device="cuda", dtype=BF16)
+    experts = GatedMLPExperts(
+        shape.D, shape.F, shape.E, seed=0, device="cuda", dtype=BF16, backend=backend
+    )
     return MoE(router, experts)
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/products_gpu.py
 
-Layers, shapes and steps are those of ``bench_gpu.py``. Both take turns under torch's profiler, a
+Layers, shapes and steps are those of ``bench_gpu.py``. They take turns under torch's profiler, a
 step each; of every kernel the median over the rounds, in the order of their start, goes to
-results/products_gpu.json. SonicMoE's products are QuACK's with one fixed tile.
+results/products_gpu.json, where shapes that are not measured again stay as they are. SonicMoE's
+products are QuACK's with one fixed tile.
 """
 
 import argparse
@@ -14,9 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bench_gpu import OURS, InSequences  # beside this file
-from layer_gpu import BF16, SHAPES, Shape, make_layer, training_step
-from peers import PEERS
+from bench_gpu import contenders  # beside this file
+from layer_gpu import BF16, SHAPES, Shape, training_step
 from record import RESULTS, load_if_there, save, stamps_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,20 +42,21 @@ def main() -> None:
         shapes[name] = asdict(SHAPES[name])
         kernels[name] = measure(SHAPES[name], arguments.rounds)
         print_shape(name, kernels[name])
-    rest = [name for name in kernels if name not in arguments.shapes]
-    results = {"dtype": "bfloat16", "rounds": arguments.rounds}
-    ordered = {
-        part: {name: rows[name] for name in SHAPES if name in rows}
-        for part, rows in (("shapes", shapes), ("kernels", kernels))
-    }
-    save(NAME, results | ordered, arguments.results, kept=stamps_of(old, rest))
+        done = arguments.shapes[: arguments.shapes.index(name) + 1]
+        rest = [shape for shape in kernels if shape not in done]
+        results = {"dtype": "bfloat16", "rounds": arguments.rounds}
+        ordered = {
+            part: {shape: rows[shape] for shape in SHAPES if shape in rows}
+            for part, rows in (("shapes", shapes), ("kernels", kernels))
+        }
+        save(NAME, results | ordered, arguments.results, kept=stamps_of(old, rest))
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Kernels]:
-    """Kernels of a step of each layer."""
+    """Kernels of a step of each layer that is installed."""
     x_TD = torch.randn(shape.T, shape.D, device="cuda", dtype=BF16)
     dy_TD = torch.randn_like(x_TD)
-    layers = {OURS: InSequences(make_layer(shape)), PEER: PEERS[PEER](shape, tune=False)}
+    layers, _ = contenders(shape, argparse.Namespace(peers=[PEER], tune=False))
     steps = {who: training_step(layer, x_TD, dy_TD) for who, layer in layers.items()}
     for step in steps.values():
         for _ in range(3):

@@ -16,7 +16,7 @@ PARTS = {
         "dhidden",
         "dweight",
         "rows_kernel",
-        "gather_kernel",
+        "spread_kernel",
         "gather_sum",
         "turns",
         "groupproblem",

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from expertmesh.kernels.layout import Layout, make_layout
 from expertmesh.kernels.moe_mlp.fused import launch
-from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Tile, Turns
+from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Quack, Tile, Turns
+from expertmesh.kernels.moe_mlp.quack import QUACK_VERSION
 
 WIDE = Tile(columns=256, depth=64, warps=8, stages=3)
 TALL = replace(WIDE, rows=256, columns=128)
 PAIR = replace(WIDE, columns=128, per_sm=2)
 """Two programs on a multiprocessor: one's stores overlap the other's products."""
 
-Candidate = Tile | Turns | None
+Candidate = Tile | Turns | Quack | None
 Times = dict[str, dict[str, dict[str, float]]]
 """Milliseconds by shape, product and tile."""
 
@@ -65,11 +66,13 @@ CANDIDATES: dict[str, list[Candidate]] = {
         replace(PAIR, warps=4, stages=5, group=4),
     ],
     "copied": [None],
+    "quack": [Quack(), Quack(columns=192, pingpong=True), Quack(rows=256, columns=128)],
 }
 
 
 NAME = "tune_fused"
 PRODUCTS = ["up", "up, inference", "down", "dhidden", "dx", "dup", "ddown", "ddown, copied"]
+PRODUCTS += ["dup, QuACK", "ddown, QuACK"] if QUACK_VERSION else []
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,14 @@ def steps(buffers: Buffers) -> dict[str, tuple[str, int, Callable[[Any], object]
     one = 2 * shape.T * shape.K * shape.D * shape.F
     project = partial(launch.up_project, x, up, None, layout, shape.K, "silu")
     multiply = launch.multiply_rows
-    copied = launch.gather(x, layout, shape.K)
+    copied = launch.spread(x, layout)
 
     def dhidden(tile: Tile | Turns) -> object:
-        copy = launch.gather(x, layout, shape.K) if isinstance(tile, Turns) else None
+        copy = launch.spread(x, layout) if isinstance(tile, Turns) else None
         return launch.hidden_gradient(x, down, weight, pre, layout, "silu", tile, dy_ND=copy)
 
     ddown = partial(launch.weight_gradient, hidden, x, layout, shape.K, down, flipped=True)
+    dup = partial(launch.weight_gradient, pre, x, layout, shape.K, up, flipped=False)
     return {
         "up": ("up", 2 * one, partial(project, keep=True)),
         "up, inference": ("up", 2 * one, partial(project, keep=False)),
@@ -133,13 +137,11 @@ def steps(buffers: Buffers) -> dict[str, tuple[str, int, Callable[[Any], object]
         ),
         "dhidden": ("dhidden", one, dhidden),
         "dx": ("down", 2 * one, lambda tile: multiply(pre, up, layout, tile, transposed=False)),
-        "dup": (
-            "dweight",
-            2 * one,
-            partial(launch.weight_gradient, pre, x, layout, shape.K, up, flipped=False),
-        ),
+        "dup": ("dweight", 2 * one, dup),
         "ddown": ("dweight", one, ddown),
         "ddown, copied": ("copied", one, partial(ddown, gathered_NO=copied)),
+        "dup, QuACK": ("quack", 2 * one, dup),
+        "ddown, QuACK": ("quack", one, ddown),
     }
 
 
@@ -149,6 +151,8 @@ def describe(tile: Candidate) -> str:
         return "grouped_mm"
     if isinstance(tile, Turns):
         return f"turns-s{tile.stages}-g{tile.group}"
+    if isinstance(tile, Quack):
+        return f"quack-{tile.rows}x{tile.columns}" + ("-pingpong" if tile.pingpong else "")
     words = [f"{tile.rows}x{tile.columns}x{tile.depth}", f"w{tile.warps}", f"s{tile.stages}"]
     for field, letter, usual in (("per_sm", "p", 1), ("group", "g", 8), ("chunks", "c", 1)):
         value = getattr(tile, field)

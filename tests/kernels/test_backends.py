@@ -95,7 +95,7 @@ def test_unknown_name() -> None:
 def test_explain_gives_a_reason_for_each_other() -> None:
     explanation = explain(MLP_BACKENDS, replace(CPU, dtype=torch.float64))
     assert explanation.chosen.name == "loop"
-    others = {"block_sparse", "decode", "gather", "grouped_mm", "reference", "triton"}
+    others = {"block_sparse", "decode", "gather", "grouped_mm", "quack", "reference", "triton"}
     assert explanation.reasons.keys() == others
     assert "not torch.float64" in explanation.reasons["grouped_mm"]
     assert explanation.reasons["gather"] == "can run, expected to be slower"

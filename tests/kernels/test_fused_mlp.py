@@ -37,7 +37,7 @@ PLAN = Plan(
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_run, "_plan", lambda *operands: PLAN)
+    monkeypatch.setattr(fused_run, "_plan", lambda *operands, **options: PLAN)
 
 
 def case_of(**changes: object) -> Case:
@@ -68,6 +68,15 @@ def test_corners(shape: dict[str, int | float]) -> None:
 
 def test_float16() -> None:
     assert_equal_to_reference(case_of(rows=40, dtype=torch.float16), "triton", 2e-3)
+
+
+@pytest.mark.parametrize("shape", [{}, {"rows": 1, "k": 1}, {"sentinels": 1.0}], ids=str)
+def test_gradients_from_rows_copied_by_position(
+    monkeypatch: pytest.MonkeyPatch, shape: dict[str, int | float]
+) -> None:
+    copied = replace(PLAN, dup=None, ddown=None)
+    monkeypatch.setattr(fused_run, "_plan", lambda *operands, **options: copied)
+    assert_equal_to_reference(case_of(**shape), "triton")
 
 
 def test_large_values() -> None:

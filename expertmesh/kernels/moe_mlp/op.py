@@ -18,12 +18,14 @@ from expertmesh.kernels.moe_mlp.gather import GatherMLP
 from expertmesh.kernels.moe_mlp.grouped import GroupedMLP
 from expertmesh.kernels.moe_mlp.loop import LoopMLP
 from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
+from expertmesh.kernels.moe_mlp.quack import QuackMLP
 from expertmesh.kernels.moe_mlp.reference import ReferenceMLP
 from expertmesh.kernels.moe_mlp.triton import TritonMLP
 
 MLP_BACKENDS: tuple[MLPBackend, ...] = (
     DecodeMLP(),
     GatherMLP(),
+    QuackMLP(),
     TritonMLP(),
     GroupedMLP(),
     LoopMLP(),
@@ -68,8 +70,8 @@ def moe_mlp(
             clamped_swiglu) or an elementwise callable.
         dropout: Of hidden units, or None.
         draw_R: int64 ``(R,)``, a random number for each row; given with ``dropout``.
-        backend: ``"auto"``, or one of decode, gather, triton, grouped_mm,
-            loop, block_sparse, reference.
+        backend: ``"auto"``, or one of decode, gather, quack, triton,
+            grouped_mm, loop, block_sparse, reference.
 
     Returns:
         ``(R, D)`` in x's dtype. An expert without rows gets a zero gradient.

@@ -35,6 +35,7 @@ class TritonMLP(MLPBackend):
 
     name: ClassVar[str] = "triton"
     summary: ClassVar[str] = "fused Triton kernels for training; Hopper GPUs, 16 and 32 bits"
+    quack: ClassVar[bool] = False
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.activation not in ACTIVATIONS:
@@ -67,6 +68,7 @@ class TritonMLP(MLPBackend):
             operands.expert_RK,
             spec,
             operands.needs_grad,
+            self.quack,
         )
 
 
@@ -93,6 +95,7 @@ class _FusedFunction(torch.autograd.Function):
         expert_RK: Tensor,
         spec: MLPSpec,
         keep: bool,
+        quack: bool,
     ) -> Tensor:
         name = known_activation(spec.activation)
         y_RD, *kept = torch.ops.expertmesh.fused_mlp(
@@ -110,7 +113,7 @@ class _FusedFunction(torch.autograd.Function):
         if keep:
             operands = (x_RD, weight_RK, up_EPFD, down_EDF, up_bias, down_bias_ED)
             ctx.save_for_backward(*operands, *kept)
-            ctx.activation = name
+            ctx.activation, ctx.quack = name, quack
         return y_RD
 
     @staticmethod
@@ -119,11 +122,11 @@ class _FusedFunction(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:6])
         with without_autocast(dy_RD.device.type):
             grads = torch.ops.expertmesh.fused_mlp_backward(
-                dy_RD, *ctx.saved_tensors, ctx.activation, wanted
+                dy_RD, *ctx.saved_tensors, ctx.activation, wanted, ctx.quack
             )
         return (
             *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -137,7 +140,7 @@ torch.library.define(
 torch.library.define(
     "expertmesh::fused_mlp_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, "
-    f"Tensor? down_bias, Tensor pre, {_LAYOUT}, str activation, bool[] wanted) "
+    f"Tensor? down_bias, Tensor pre, {_LAYOUT}, str activation, bool[] wanted, bool quack) "
     "-> (Tensor dx, Tensor dweight, Tensor dup, Tensor ddown, Tensor dup_bias, Tensor ddown_bias)",
 )
 
@@ -189,7 +192,7 @@ def _fused_mlp_backward(
     from expertmesh.kernels.layout import Layout
     from expertmesh.kernels.moe_mlp.fused import run
 
-    *layout, activation, wanted = rest
+    *layout, activation, wanted, quack = rest
     return tuple(
         run.backward(
             dy_RD.to(x_RD.dtype).contiguous(),
@@ -203,6 +206,7 @@ def _fused_mlp_backward(
             Layout(*layout),
             activation,
             wanted,
+            quack=quack,
         )
     )
 
@@ -246,5 +250,5 @@ def _fused_mlp_backward_fake(dy_RD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     operands: Sequence[Tensor | None] = rest[:6]
     return tuple(
         torch.empty_like(operand) if want and operand is not None else dy_RD.new_empty(0)
-        for operand, want in zip(operands, rest[-1], strict=True)
+        for operand, want in zip(operands, rest[-2], strict=True)
     )

@@ -10,12 +10,12 @@ from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.layout import Layout
 from expertmesh.kernels.moe_mlp.fused.dhidden import dhidden_kernel
 from expertmesh.kernels.moe_mlp.fused.dweight import dweight_kernel
-from expertmesh.kernels.moe_mlp.fused.plan import Tile, Turns
+from expertmesh.kernels.moe_mlp.fused.plan import Quack, Tile, Turns
 from expertmesh.kernels.moe_mlp.fused.rows import rows_kernel
 from expertmesh.kernels.moe_mlp.fused.sums import (
     expert_sum_kernel,
-    gather_kernel,
     share_sum_kernel,
+    spread_kernel,
 )
 from expertmesh.kernels.moe_mlp.fused.up import up_kernel
 
@@ -183,7 +183,7 @@ def weight_gradient(
     layout: Layout,
     choices: int,
     like: Tensor,
-    tile: Tile | None,
+    tile: Tile | Quack | None,
     *,
     flipped: bool,
     gathered_NO: Tensor | None = None,
@@ -195,8 +195,9 @@ def weight_gradient(
         by_token_RO: What the rows came from, by token.
         layout: Where the experts' rows lie.
         choices: K.
-        like: The matrices, ``(E, P, H / P, O)`` of any strides, or if ``flipped`` ``(E, O, H)``.
-        tile: None for torch's ``grouped_mm`` over a gathered copy.
+        like: The matrices, ``(E, P, H / P, O)``, or if ``flipped`` ``(E, O, H)``; a ``Tile``
+            takes any strides.
+        tile: None for torch's ``grouped_mm`` over a copy of the rows by position.
         flipped: How the matrices stand.
         gathered_NO: The gathered copy, if there is one already.
 
@@ -205,10 +206,16 @@ def weight_gradient(
     """
     if tile is None:
         if gathered_NO is None:
-            gathered_NO = gather(by_token_RO, layout, choices)
+            gathered_NO = spread(by_token_RO, layout)
         left, right = (gathered_NO, rows_NH) if flipped else (rows_NH, gathered_NO)
         grouped_mm = torch.nn.functional.grouped_mm
         return grouped_mm(left.t(), right, offs=layout.offset_E1[1:]).view(like.shape)
+    if isinstance(tile, Quack):
+        from expertmesh.kernels.moe_mlp.fused import launch_quack
+
+        return launch_quack.weight_gradient(
+            rows_NH, by_token_RO, layout, choices, like, tile, flipped=flipped
+        )
     grad = torch.empty_like(like)
     out_EPIO = grad.mT.unsqueeze(1) if flipped else grad
     num_experts, parts, inner, outer = out_EPIO.shape
@@ -236,18 +243,20 @@ def weight_gradient(
     return grad
 
 
-def gather(by_token_RO: Tensor, layout: Layout, choices: int) -> Tensor:
-    """Rows by grouped position, ``(N, O)``; those behind the last expert's hold anything."""
-    num_assignments, width = layout.order_N.numel(), by_token_RO.shape[1]
+def spread(by_token_RO: Tensor, layout: Layout) -> Tensor:
+    """Rows by grouped position, ``(N, O)``; those behind the last expert's hold anything.
+
+    Written token by token: a row is read once for all its choices.
+    """
+    num_rows, width = by_token_RO.shape
+    num_assignments = layout.inverse_N.numel()
     columns = min(4096, power_of_2(width))
     out_NO = by_token_RO.new_empty(num_assignments, width)
-    gather_kernel[(num_assignments, ceil_div(width, columns))](
+    spread_kernel[(num_rows, ceil_div(width, columns))](
         by_token_RO,
-        layout.order_N,
-        layout.offset_E1,
+        layout.inverse_N,
         out_NO,
-        layout.longest_E.numel(),
-        choices,
+        num_assignments // num_rows,
         width,
         columns,
         num_warps=max(1, min(8, columns // 256)),

@@ -73,6 +73,24 @@ class Turns:
 
 
 @dataclass(frozen=True)
+class Quack:
+    """How QuACK, an optional package, cuts a gradient of matrices; it gathers the rows itself.
+
+    Attributes:
+        rows: Rows of the output tile.
+        columns: Columns of the output tile.
+        pingpong: Whether two warpgroups take turns; else they share a tile.
+        cluster: Tiles, one below the other, that read the same columns together.
+    """
+
+    rows: int = 128
+    columns: int = 256
+    pingpong: bool = False
+    cluster: int = 2
+    depth: ClassVar[int] = 64
+
+
+@dataclass(frozen=True)
 class Plan:
     """One tile for each product; None leaves it to ``torch.nn.functional.grouped_mm``.
 
@@ -94,8 +112,8 @@ class Plan:
     down: Tile | Turns | None
     dhidden: Tile | Turns
     dx: Tile | Turns | None
-    dup: Tile | None
-    ddown: Tile | None
+    dup: Tile | Quack | None
+    ddown: Tile | Quack | None
 
 
 def plan_for(
@@ -108,6 +126,7 @@ def plan_for(
     hidden: int,
     parts: int,
     packed: bool,
+    quack: bool = False,
 ) -> Plan:
     """The plan of a shape: the rule's, with what was measured for it on this device put in.
 
@@ -120,6 +139,7 @@ def plan_for(
         hidden: F.
         parts: 2 for gated experts, else 1.
         packed: Whether the up projection's matrices lie in memory without gaps.
+        quack: Whether QuACK's products may be taken.
     """
     rows = 128 if num_assignments >= _MANY_ROWS * num_experts else 64
     plan = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
@@ -135,7 +155,7 @@ def plan_for(
     if num_experts >= _MOST_GROUPS:
         sums = default_plan(torch.float16, rows, dim=dim, hidden=hidden, parts=parts)
         plan = replace(plan, dup=plan.dup or sums.dup, ddown=plan.ddown or sums.ddown)
-    return plan
+    return with_quack(plan) if quack and packed and rows == 128 else plan
 
 
 def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts: int) -> Plan:
@@ -179,6 +199,15 @@ def by_turns(plan: Plan, dtype: torch.dtype, hidden: int) -> Plan:
         ddown = None if dtype == torch.bfloat16 else plan.ddown
         plan = replace(plan, dhidden=Turns(), ddown=ddown)
     return plan
+
+
+def with_quack(plan: Plan) -> Plan:
+    """The plan with QuACK's products where they won.
+
+    The gradient of the up projection's matrices on every shape measured; the down projection's
+    where no copy of the output's gradient is at hand.
+    """
+    return replace(plan, dup=Quack(), ddown=None if plan.ddown is None else Quack())
 
 
 def turns_refusal(

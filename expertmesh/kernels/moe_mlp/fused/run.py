@@ -90,10 +90,11 @@ def backward(
     activation: str,
     wanted: Sequence[bool],
     *,
+    quack: bool = False,
     plan: Plan | None = None,
 ) -> list[Tensor]:
     """Gradients of x, combine weights, up, down and the biases; empty where not ``wanted``."""
-    plan = plan or _plan(x_RD, layout.order_N, up_EPFD)
+    plan = plan or _plan(x_RD, layout.order_N, up_EPFD, quack=quack)
     operands = (x_RD, weight_RK, up_EPFD, down_EDF, up_bias, down_bias_ED)
     if layout.order_N.numel() == 0:
         return [
@@ -104,7 +105,7 @@ def backward(
     num_experts, choices = down_EDF.shape[0], weight_RK.shape[1]
     dx = dweight = dup = ddown = dup_bias = ddown_bias = x_RD.new_empty(0)
     by_turns = isinstance(plan.dhidden, Turns)
-    dy_ND = launch.gather(dy_RD, layout, choices) if by_turns else None
+    dy_ND = launch.spread(dy_RD, layout) if by_turns else None
     dpre_NH, hidden_NF, share_NB = launch.hidden_gradient(
         dy_RD, down_EDF, weight_RK, pre_NH, layout, activation, plan.dhidden, dy_ND=dy_ND
     )
@@ -147,7 +148,7 @@ def _bias_share(dy_RD: Tensor, bias_ED: Tensor, layout: Layout, choices: int) ->
     return share_RK.masked_fill_(inverse_RK < 0, 0)
 
 
-def _plan(x_RD: Tensor, assignments: Tensor, up_EPFD: Tensor) -> Plan:
+def _plan(x_RD: Tensor, assignments: Tensor, up_EPFD: Tensor, *, quack: bool = False) -> Plan:
     num_experts, parts, hidden, dim = up_EPFD.shape
     sizes = {
         "num_experts": num_experts,
@@ -158,4 +159,4 @@ def _plan(x_RD: Tensor, assignments: Tensor, up_EPFD: Tensor) -> Plan:
     }
     traced = any(isinstance(size, torch.SymInt) for size in sizes.values())
     find = plan_for if traced else _known_plan  # a symbol cannot be looked up
-    return find(x_RD.device, x_RD.dtype, **sizes, packed=up_EPFD.is_contiguous())
+    return find(x_RD.device, x_RD.dtype, **sizes, packed=up_EPFD.is_contiguous(), quack=quack)

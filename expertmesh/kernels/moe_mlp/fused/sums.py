@@ -1,30 +1,28 @@
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of kernels: only its own may stand there.
-"""What only moves memory: gathers, and sums in a fixed order over choices, blocks and rows."""
+"""What only moves memory: copies, and sums in a fixed order over blocks and rows."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def gather_kernel(
+def spread_kernel(
     rows_ptr,
-    order_ptr,
-    offset_ptr,
+    inverse_ptr,
     out_ptr,
-    NUM_EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``out[n] = rows[order[n] // K]`` for every position that has an assignment."""
-    position = tl.program_id(0)
+    """``out[inverse[r, k]] = rows[r]`` for every choice that has a position; a row is read once."""
+    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    if position < tl.load(offset_ptr + NUM_EXPERTS):
-        token = (tl.load(order_ptr + position) // CHOICES).to(tl.int64)
-        row = tl.load(rows_ptr + token * WIDTH + column, mask=column < WIDTH)
-        out_ptrs = out_ptr + position.to(tl.int64) * WIDTH + column
-        tl.store(out_ptrs, row, mask=column < WIDTH)
+    value = tl.load(rows_ptr + row * WIDTH + column, mask=column < WIDTH)
+    for choice in tl.static_range(CHOICES):
+        position = tl.load(inverse_ptr + row * CHOICES + choice).to(tl.int64)
+        real = column < tl.where(position >= 0, WIDTH, 0)
+        tl.store(out_ptr + position * WIDTH + column, value, mask=real)
 
 
 @triton.jit(do_not_specialize=["num_assignments"])

@@ -1,0 +1,52 @@
+"""The fused kernels with QuACK's products where those are faster; imported when they run."""
+
+import re
+from importlib import metadata
+from typing import ClassVar
+
+from expertmesh.kernels.backends import Problem
+from expertmesh.kernels.moe_mlp.triton import TritonMLP
+from expertmesh.kernels.triton_support import capability
+
+_OLDEST = (0, 3, 11)
+
+
+def _installed() -> str | None:
+    try:
+        return metadata.version("quack-kernels")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+QUACK_VERSION = _installed()
+"""Read once: what is traced by ``torch.compile`` asks for it."""
+
+
+class QuackMLP(TritonMLP):
+    """``TritonMLP``, whose gradients of matrices gather their rows on the way (CuTe)."""
+
+    name: ClassVar[str] = "quack"
+    summary: ClassVar[str] = "triton with QuACK's products where they are faster; Hopper, 16 bits"
+    quack: ClassVar[bool] = True
+
+    def refusal(self, problem: Problem) -> str | None:
+        if QUACK_VERSION is None:
+            return "quack-kernels is not installed; run: pip install 'expertmesh[hopper]'"
+        if tuple(map(int, re.findall(r"\d+", QUACK_VERSION)[:3])) < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            return (
+                f"it needs quack-kernels {oldest}, installed is {QUACK_VERSION}; "
+                "run: pip install --upgrade 'expertmesh[hopper]'"
+            )
+        if problem.dtype.itemsize != 2:
+            return f"it takes bfloat16 and float16, not {problem.dtype}"
+        refusal = super().refusal(problem)
+        if refusal is None and problem.device.type == "cuda":
+            major, minor = capability(problem.device)
+            if (major, minor) != (9, 0):
+                return f"it is for compute capability 9.0, this device has {major}.{minor}"
+        return refusal
+
+    def suits(self, problem: Problem) -> bool:
+        """In training: its products are in the backward pass."""
+        return problem.needs_grad and super().suits(problem)
