@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expertmesh.kernels.backends import Problem
-    from expertmesh.kernels.moe_mlp.fused.plan import Tile, Turns
+    from expertmesh.kernels.moe_mlp.fused.plan import Quack, Tile, Turns
 
 HELP = "show what is installed, which backends run here, and what auto picks"
 
@@ -124,20 +124,22 @@ def _choices() -> "Table":
 
 
 def _products() -> "Table":
-    """Which kernels the backend ``triton`` is made of here, and why Gluon's are not among them."""
+    """Which kernels the fused backends are made of here, and what some of them lack."""
     import torch
 
-    from expertmesh.kernels.backends import explain
-    from expertmesh.kernels.moe_mlp import MLP_BACKENDS
     from expertmesh.kernels.moe_mlp.fused.plan import plan_for, turns_refusal
+    from expertmesh.kernels.moe_mlp.quack import QuackMLP
+    from expertmesh.kernels.moe_mlp.triton import TritonMLP
 
-    table = _table("Kernels behind triton (training, bfloat16)", "device", "product", "kernel")
+    title = "Kernels behind triton and quack (training, bfloat16)"
+    table = _table(title, "device", "product", "kernel")
     for device in _devices():
         problem = _problem(device, torch.bfloat16, 16384, needs_grad=True)
-        reason = explain(MLP_BACKENDS, problem).reasons.get("triton")
+        reason = TritonMLP().refusal(problem)
         if reason is not None:
             table.add_row(str(device), "all", f"none of them: {reason}")
             continue
+        without_quack = QuackMLP().refusal(problem)
         dim, hidden = problem.dim, problem.hidden
         plan = plan_for(
             device,
@@ -148,23 +150,26 @@ def _products() -> "Table":
             hidden=hidden,
             parts=problem.num_parts,
             packed=True,
+            quack=without_quack is None,
         )
         for product in ("up", "down", "dhidden", "dx", "dup", "ddown"):
             table.add_row(str(device), product, _kernel(getattr(plan, product)))
-        refusal = turns_refusal(
+        without_turns = turns_refusal(
             device, problem.dtype, rows=plan.rows, dim=dim, hidden=hidden, packed=True
         )
-        turns = "used where they are faster" if refusal is None else f"not used: {refusal}"
-        table.add_row(str(device), "Gluon kernels", turns)
+        for kernels, refusal in (("Gluon", without_turns), ("QuACK's", without_quack)):
+            use = "used where they are faster" if refusal is None else f"not used: {refusal}"
+            table.add_row(str(device), f"{kernels} kernels", use)
     return table
 
 
-def _kernel(tile: "Tile | Turns | None") -> str:
-    from expertmesh.kernels.moe_mlp.fused.plan import Turns
+def _kernel(tile: "Tile | Turns | Quack | None") -> str:
+    from expertmesh.kernels.moe_mlp.fused.plan import Quack, Turns
 
     if tile is None:
-        return "torch's grouped_mm over a gathered copy"
-    language = "Gluon, two warpgroups by turns" if isinstance(tile, Turns) else "Triton"
+        return "torch's grouped_mm over a copy of the rows by position"
+    languages = {Turns: "Gluon, two warpgroups by turns", Quack: "QuACK"}
+    language = languages.get(type(tile), "Triton")
     return f"{language}, tiles of {tile.rows} x {tile.columns} x {tile.depth}"
 
 

@@ -7,6 +7,7 @@ import torch
 
 from expertmesh.cli import doctor
 from expertmesh.kernels import triton_support
+from expertmesh.kernels.moe_mlp import quack
 from expertmesh.kernels.moe_mlp.fused import plan
 
 
@@ -81,8 +82,19 @@ def test_on_hopper_every_product_is_named(
     assert kernel["up"].startswith("Triton, tiles of 128 x 256 x 64")
     for product in ("down", "dhidden", "dx"):
         assert kernel[product].startswith("Gluon, two warpgroups by turns, tiles of 128 x 128 x 64")
-    assert "Gluon kernels │ used where they are faster" in text
+    assert "Gluon kernels   │ used where they are faster" in text
+    assert kernel["QuACK's kernels"].startswith("not used: quack-kernels is not installed; run:")
     assert "its kernels are for GPUs" not in text
+
+
+def test_quack_is_named_where_it_is_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quack, "QUACK_VERSION", "0.3.11")
+    text = on_gpu(capsys, monkeypatch, (9, 0), "3.6.0")
+    kernel = {words[1]: words[2] for words in map(cells, text.splitlines()) if words}
+    assert kernel["QuACK's kernels"] == "used where they are faster"
+    assert kernel["dup"].startswith("QuACK, tiles of 128 x 256 x 64")
 
 
 def test_another_triton_runs_without_gluon_and_says_so(

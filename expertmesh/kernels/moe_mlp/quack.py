@@ -1,6 +1,5 @@
 """The fused kernels with QuACK's products where those are faster; imported when they run."""
 
-import re
 from importlib import metadata
 from typing import ClassVar
 
@@ -8,7 +7,8 @@ from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.moe_mlp.triton import TritonMLP
 from expertmesh.kernels.triton_support import capability
 
-_OLDEST = (0, 3, 11)
+_KNOWN = "0.3.11"
+"""How its products are called changes from version to version."""
 
 
 def _installed() -> str | None:
@@ -32,11 +32,10 @@ class QuackMLP(TritonMLP):
     def refusal(self, problem: Problem) -> str | None:
         if QUACK_VERSION is None:
             return "quack-kernels is not installed; run: pip install 'expertmesh[hopper]'"
-        if tuple(map(int, re.findall(r"\d+", QUACK_VERSION)[:3])) < _OLDEST:
-            oldest = ".".join(map(str, _OLDEST))
+        if QUACK_VERSION != _KNOWN:
             return (
-                f"it needs quack-kernels {oldest}, installed is {QUACK_VERSION}; "
-                "run: pip install --upgrade 'expertmesh[hopper]'"
+                f"it calls quack-kernels as of {_KNOWN}, installed is {QUACK_VERSION}; "
+                "run: pip install 'expertmesh[hopper]'"
             )
         if problem.dtype.itemsize != 2:
             return f"it takes bfloat16 and float16, not {problem.dtype}"
