@@ -234,12 +234,14 @@ def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Milliseconds by step; steps take turns, and the first three rounds are not counted.
 
     Each counted run is queued behind an uncounted one of the same step, as steps of training are:
-    what the host needs to launch shows where it takes longer than the device, not otherwise.
+    what the host needs to launch shows where it takes longer than the device, not otherwise. Every
+    second round goes backwards: a GPU at its limit of power is slower behind whoever draws most.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 3):
         events = {}
-        for name, run in steps.items():
+        order = list(steps.items())
+        for name, run in order if number % 2 else reversed(order):
             events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             run()
             events[name][0].record()
