@@ -199,7 +199,7 @@ def weight_gradient(
             takes any strides.
         tile: None for torch's ``grouped_mm`` over a copy of the rows by position.
         flipped: How the matrices stand.
-        gathered_NO: The gathered copy, if there is one already.
+        gathered_NO: The copy by position, if there is one already.
 
     Returns:
         The gradient in the shape of ``like``; zero for an expert without rows.

@@ -18,8 +18,8 @@ from expertmesh.kernels.triton_support import TRITON_VERSION, capability
 SHIPPED = Path(__file__).with_name("h200.json")
 
 _MANY_ROWS = 64  # per expert; below, tiles of 128 rows are mostly empty
-_WIDE_SUM = 2048  # columns from which a gathered copy costs less than gathering in the product
-_WIDE_TURNS = 512  # hidden units from which a gathered copy of the output's gradient pays
+_WIDE_SUM = 2048  # columns from which a copy by position costs less than gathering in the product
+_WIDE_TURNS = 512  # hidden units from which a copy of the output's gradient pays
 _GLUON = "3.6."  # whose language the kernels by turns are written in; it is not stable yet
 _MOST_GROUPS = 1024  # where grouped_mm leaves its fast path
 
@@ -94,7 +94,7 @@ class Quack:
 class Plan:
     """One tile for each product; None leaves it to ``torch.nn.functional.grouped_mm``.
 
-    A gradient of matrices that is left to it costs a gathered copy of the rows; so does the
+    A gradient of matrices that is left to it costs a copy of the rows by position; so does the
     pre-activation's by turns, and the down projection's gradient then shares the copy.
 
     Attributes:
@@ -163,7 +163,7 @@ def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts:
 
     Tiles of 128 x 256 x 64 whose loads run ahead of the stores; two smaller programs on a
     multiprocessor where the work behind the product is long; for the sums over rows, gathers on
-    the narrow side, or a gathered copy where it is small beside the product. float32 is cut into
+    the narrow side, or a copy where it is small beside the product. float32 is cut into
     three TF32 products, which take more of everything.
     """
     if dtype == torch.float32:
