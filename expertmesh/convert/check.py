@@ -7,6 +7,7 @@ from typing import Any
 from expertmesh.convert.layout import Layout
 from expertmesh.convert.source import Stored
 from expertmesh.errors import UserError
+from expertmesh.models import DecoderConfig
 
 # A number between separators: of a block, an expert.
 _NUMBER = re.compile(r"(?<=[./_])(\d+)(?=[./_])")
@@ -70,6 +71,11 @@ def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         for name, value in wanted.items()
         if name in found and found[name] != value
     )
+
+
+def usual_experts(config: DecoderConfig) -> dict[str, Any]:
+    """What ``expert_form`` must be: no key says that experts are of another model's form."""
+    return {"expert_form": "plain" if config.expert_form == "plain" else "auto"}
 
 
 def named(names: Iterable[str]) -> str:

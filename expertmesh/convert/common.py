@@ -8,8 +8,8 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from expertmesh.convert.check import unlike
-from expertmesh.convert.family import Family
+from expertmesh.convert.check import unlike, usual_experts
+from expertmesh.convert.family import EXPERT_DROPOUT, Family
 from expertmesh.convert.layout import Layout, Piece
 from expertmesh.convert.pieces import experts_apart, experts_stacked, in_a_row
 from expertmesh.errors import UserError
@@ -126,7 +126,7 @@ class LlamaLike(Family):
 
     def check(self, config: DecoderConfig) -> None:
         """Raise unless a model is of this family."""
-        if wrong := unlike(vars(config), self.fixed() | _usual_experts(config)):
+        if wrong := unlike(vars(config), self.fixed() | usual_experts(config)):
             raise UserError(f"{self.name} has no model with {wrong}")
 
     def _pieces(self, config: DecoderConfig, kind: str) -> Iterator[Piece]:
@@ -183,11 +183,6 @@ def _lacking(missing: str, name: str) -> UserError:
     return UserError(f"the configuration has no {missing}; expected {name}'s keys")
 
 
-def _usual_experts(config: DecoderConfig) -> dict[str, Any]:
-    """What ``expert_form`` must be: no key says that experts are of another model's form."""
-    return {"expert_form": "plain" if config.expert_form == "plain" else "auto"}
-
-
 def refuse(keys: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
     """Raise if a key that is there says something else than is wanted."""
     if wrong := unlike(keys, wanted):
@@ -213,6 +208,7 @@ def shared_fields(keys: Mapping[str, Any]) -> dict[str, Any]:
         "tied_embeddings": bool(keys.get("tie_word_embeddings", False)),
         "init_std": keys.get("initializer_range", 0.02),
         "dropout": keys.get("dropout_rate", 0.0),
+        "expert_dropout": keys.get(EXPERT_DROPOUT, 0.0),
     }
 
 
@@ -236,6 +232,8 @@ def shared_keys(config: DecoderConfig) -> dict[str, Any]:
     }
     if config.dropout:
         keys["dropout_rate"] = config.dropout
+    if config.expert_dropout:
+        keys[EXPERT_DROPOUT] = config.expert_dropout
     if (coef := config.router_options.get("balance_coef")) is not None:
         keys["router_aux_loss_coef"] = coef
     return keys

@@ -7,6 +7,9 @@ from typing import Any
 from expertmesh.convert.layout import Layout
 from expertmesh.models import DecoderConfig
 
+EXPERT_DROPOUT = "expert_dropout_rate"
+"""Our own key for ``expert_dropout``, written where there is any: no family has one for it."""
+
 
 class Family(ABC):
     """Models with one configuration and one table of names.

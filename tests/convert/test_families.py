@@ -184,6 +184,29 @@ def test_options_without_a_key_are_kept() -> None:
     assert family.decoder_config(keys) == config
 
 
+@pytest.mark.parametrize("case", ["mixtral", "olmoe", "qwen3-moe"])
+def test_dropout_goes_there_and_back(tmp_path: Path, case: str) -> None:
+    model = theirs(case)
+    model.save_pretrained(tmp_path / "theirs")
+    read = read_config(tmp_path / "theirs")
+    assert (read.dropout, read.expert_dropout) == (0.0, 0.0)
+    ours = DecoderLM(dataclasses.replace(read, dropout=0.1, expert_dropout=0.4), seed=3)
+    load_published(ours, tmp_path / "theirs")
+    save_published(ours, tmp_path / "ours")
+    assert read_config(tmp_path / "ours") == ours.config
+    # transformers, which has no such dropout, reads the folder as it does any other.
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again")
+    assert read_config(tmp_path / "again") == ours.config
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "openmoe-8b"])
+def test_without_dropout_in_experts_no_key_speaks_of_it(preset: str) -> None:
+    config = decoder_preset(preset)
+    assert "expert_dropout_rate" not in family_of_model(config).published_config(config)
+
+
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
@@ -201,6 +224,7 @@ def test_options_without_a_key_are_kept() -> None:
         ("olmoe", {"rope_parameters": {"rope_type": "yarn"}}, r"rope_type = 'yarn'"),
         ("qwen3-moe", {"use_sliding_window": True}, r"use_sliding_window = True"),
         ("qwen3-moe", {"mlp_only_layers": [1]}, r"not with mlp_only_layers = \[1\]"),
+        ("mixtral", {"expert_dropout_rate": 1.5}, r"config.json: expert_dropout must be .*got 1.5"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(

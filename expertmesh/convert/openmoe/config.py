@@ -1,14 +1,16 @@
 """OpenMoE's published ``config.json`` and our ``DecoderConfig``, each from the other.
 
-One key is ours: ``router_capacity_mode``, a name of ``OPENMOE_CAPACITIES``. Without it routing is
-dropless. Options of the router that the published keys cannot say go under ``router_options``.
+Three keys are ours. ``router_capacity_mode`` is a name of ``OPENMOE_CAPACITIES``; without it
+routing is dropless. ``expert_dropout_rate`` is dropout inside experts. Options of the router that
+the published keys cannot say go under ``router_options``.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from expertmesh.convert.check import unlike
+from expertmesh.convert.check import unlike, usual_experts
+from expertmesh.convert.family import EXPERT_DROPOUT
 from expertmesh.errors import UserError, nearest
 from expertmesh.models import DecoderConfig
 from expertmesh.routing import Capacity
@@ -106,6 +108,7 @@ def decoder_config(keys: Mapping[str, Any]) -> DecoderConfig:
         router="openmoe",
         router_options=options,
         dropout=keys.get("dropout_rate", 0.0),
+        expert_dropout=keys.get(EXPERT_DROPOUT, 0.0),
         init_std=keys.get("initializer_range", (0.1 / dim) ** 0.5),
     )
 
@@ -150,6 +153,8 @@ def published_config(config: DecoderConfig) -> dict[str, Any]:
         "router_aux_loss_factor": _decimal(options.pop("balance_coef", 1e-2) * layers),
         "router_z_loss_factor": _decimal(options.pop("z_coef", 1e-4) * layers),
     } | capacity
+    if config.expert_dropout:
+        keys[EXPERT_DROPOUT] = config.expert_dropout
     if options:
         keys["router_options"] = options
     return keys
@@ -168,9 +173,8 @@ def _check_sayable(config: DecoderConfig) -> None:
         "num_shared_experts": 0,
         "first_dense": 0,
         "expert_hidden": config.dense_hidden,
-        "expert_form": "plain" if config.expert_form == "plain" else "auto",
         "tied_embeddings": False,
-    }
+    } | usual_experts(config)
     if wrong := unlike(vars(config), wanted):
         raise UserError(
             f"OpenMoE's config.json cannot say {wrong}; start from one of the presets "

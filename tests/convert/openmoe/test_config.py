@@ -33,6 +33,7 @@ def test_the_older_keys_are_the_8b() -> None:
         {"num_kv_heads": 2},
         {"rope_theta": 5000.0},
         {"dropout": 0.1},
+        {"expert_dropout": 0.4},
         {"max_seq_len": 64},
     ],
 )

@@ -28,6 +28,12 @@ def test_a_shape_comes_back_from_its_keys(size: str, tmp_path: Path) -> None:
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 0)
 
 
+def test_dropout_inside_experts_comes_back(tmp_path: Path) -> None:
+    shape = dataclasses.replace(decoder_preset("openmoe-test"), expert_dropout=0.4)
+    OpenMoeConfig.of(shape).save_pretrained(tmp_path)
+    assert OpenMoeConfig.from_pretrained(tmp_path).decoder_config() == shape
+
+
 def test_published_keys_are_read_and_kept(tmp_path: Path) -> None:
     shape = decoder_preset("openmoe-base")
     keys = published_keys(on_meta(shape), auto_map=True)
