@@ -11,7 +11,7 @@ HELP = "held-out loss, perplexity, bits per byte and expert load of a trained ru
 
 _EPILOG = """\
 overrides: --section.key=value, as for training, for example
-  --eval.batches=null (the whole held-out split)  --data.source=FILE --data.val_fraction=0.5
+  --eval.batches=none (the whole held-out split)  --data.source=FILE --data.val_fraction=0.5
 """
 
 

@@ -18,7 +18,7 @@ from expertmesh.train.schedule import Schedule
 
 CONFIG = "config.toml"
 NOTHING = "none"
-"""How a run file says None where that is not the default, since TOML has no null."""
+"""How run files and overrides say None where a field may be None: TOML has no null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,8 @@ class TrainConfig:
         if self.steps != TrainConfig.steps:
             raise UserError(
                 f"train.epochs takes the place of train.steps, got epochs={epochs} with "
-                f"steps={self.steps}; leave steps out of the run file, or set train.epochs to null"
+                f"steps={self.steps}; leave steps out of the run file, or set train.epochs = "
+                f"{NOTHING!r}"
             )
 
     @property
@@ -160,7 +161,7 @@ class EvalConfig:
     Attributes:
         every: Steps between evaluations; the last step always makes one. 0: only the last.
         batches: Batches of ``train.batch`` sequences each time, spread evenly over the split; None,
-            in a run file ``"none"``, is the whole split.
+            said ``"none"``, is the whole split.
     """
 
     every: int = 100

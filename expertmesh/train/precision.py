@@ -7,9 +7,10 @@ from typing import Any, Literal, final
 
 import torch
 
-from expertmesh.errors import UserError
+from expertmesh.errors import UserError, nearest
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,37 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: If the name is none of torch's, or there is no such device here.
     """
-    if name != "auto":
-        try:
-            device = torch.empty(0, device=name).device
-            if device.type == "meta":
-                raise RuntimeError("the meta device computes nothing")
-            return device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(
-                f"run.device must be auto, cpu or another device that torch finds here, got "
-                f"{name!r}: {str(error).splitlines()[0]}"
-            ) from None
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        # torch's own message lists every type of device that a build of it may have.
+        raise UserError(
+            "run.device must be auto, cpu, cuda, cuda:0 or another device of torch, got "
+            f"{name!r}{_meant(name)}"
+        ) from None
+    try:
+        if device.type == "meta":
+            raise RuntimeError("the meta device computes nothing")
+        return torch.empty(0, device=device).device
+    except NotImplementedError:
+        reason = "this torch is not built for it"
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+    raise UserError(f"run.device must be {_devices_here()} on this machine, got {name!r}: {reason}")
+
+
+def _meant(name: str) -> str:
+    """A hint for a name that torch does not know; "gpu" is no misspelt "cpu"."""
+    name = name.lower()
+    return nearest("auto" if name.startswith("gpu") else name, _DEVICES)
+
+
+def _devices_here() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else accelerator
+    if accelerator is None:
+        return "auto or cpu"
+    kind, last = accelerator.type, torch.accelerator.device_count() - 1
+    return f"auto, cpu, {kind} or {kind}:0" + (f" to {kind}:{last}" if last else "")

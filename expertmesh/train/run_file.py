@@ -18,7 +18,9 @@ from expertmesh.models.presets import decoder_preset
 from expertmesh.train.config import NOTHING, RunFile, as_key
 
 SECTIONS: dict[str, type] = get_type_hints(RunFile)
-_FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
+# What follows a table's name may be any text without "=": sources of a mixture have such names.
+_FLAG = re.compile(r"--([A-Za-z_]\w*(?:\.\w+(?:\.[^=]+)?)?)(?:=(.*))?", re.DOTALL)
+_WORDS = re.compile(r"\w+(?:\.\w+)*")
 _KEY = re.compile(r'key "([\w.]+)"|argument --([\w.]+)|required: ([\w.]+)')
 
 
@@ -54,7 +56,7 @@ def parse_run(
     if preset is not None:
         router = _last_value(words, "model.router") or tables["model"].get("router")
         tables["model"] = _over_preset(_preset_values(preset), tables["model"], router)
-    words = _merge_deep(tables, words)
+    words = _with_none(tables, _merge_deep(tables, words))
     values = _typed(tables, words)
     return RunFile(**{name: _build(name, values[name]) for name in SECTIONS})
 
@@ -81,8 +83,6 @@ def _checked_tables(content: Mapping[str, Any], source: str) -> dict[str, dict[s
             if key not in _known(section):
                 raise UserError(f"{source} has an unknown key {section}.{key}{_hint(section, key)}")
         tables[section] = {_field(key): value for key, value in values.items()}
-    if tables["eval"].get("batches") == NOTHING:
-        tables["eval"]["batches"] = None
     return tables
 
 
@@ -102,18 +102,62 @@ def _checked_flags(overrides: Sequence[str]) -> list[str]:
         field, _, inner = key.partition(".")
         if section not in SECTIONS or field not in _known(section):
             raise UserError(f"unknown option --{name}{_hint(section, key)}")
-        if inner and not _is_table(section, field):
-            raise UserError(f"unknown option --{name}; {section}.{field} is no table")
         if value is None:
             if not rest or _FLAG.fullmatch(rest[0]):
                 raise UserError(f"--{name} needs a value: --{name}=VALUE")
             value = rest.pop(0)
+        if inner:
+            _check_entry(section, field, inner, value)
+        if _is_table(section, field):
+            value = _from_toml(value)
         words.append(f"--{section}.{_field(field)}{'.' if inner else ''}{inner}={value}")
     return words
 
 
 def _is_table(section: str, field: str) -> bool:
     return get_origin(get_type_hints(SECTIONS[section]).get(field)) is dict
+
+
+def _check_entry(section: str, field: str, inner: str, value: str) -> None:
+    """Refuse what names no entry of a field: not a table, or a name that cannot be given so."""
+    name = f"--{section}.{field}.{inner}"
+    if not _is_table(section, field):
+        raise UserError(f"unknown option {name}; {section}.{field} is no table")
+    if get_args(get_type_hints(SECTIONS[section])[field])[1] is Any:
+        if not _WORDS.fullmatch(inner):
+            raise UserError(f"unexpected argument '{name}={value}'; its name must be plain words")
+    elif "." in inner:
+        # jsonargparse takes the dot for the border of a table within.
+        raise UserError(
+            f"{name}: a name with a dot cannot stand in an option; set it in the run file, or "
+            f"write the whole table: --{section}.{field}='{{{json.dumps(inner)}: {value}}}'"
+        )
+
+
+def _from_toml(text: str) -> str:
+    """A table in TOML's form as JSON, which jsonargparse reads; any other text as it is."""
+    try:
+        content = tomllib.loads(f"table = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    alone = content.keys() == {"table"} and isinstance(content["table"], dict)
+    return json.dumps(content["table"], default=str) if alone else text
+
+
+def _with_none(tables: dict[str, dict[str, Any]], words: list[str]) -> list[str]:
+    """Take ``NOTHING`` for None wherever a field may be None, in the file and in overrides."""
+    optional = {
+        f"{section}.{field}"
+        for section, kind in SECTIONS.items()
+        for field, hint in get_type_hints(kind).items()
+        if type(None) in get_args(hint)
+    }
+    for section, values in tables.items():
+        for field, value in values.items():
+            if value == NOTHING and f"{section}.{field}" in optional:
+                values[field] = None
+    said = {f"--{name}={NOTHING}": f"--{name}=null" for name in optional}
+    return [said.get(word, word) for word in words]
 
 
 def _hint(section: str, key: str) -> str:
@@ -233,7 +277,7 @@ def _type_name(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if hint is type(None):
-        return "null"
+        return repr(NOTHING)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in args)

@@ -27,7 +27,7 @@ def test_other_text_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = make_run(tmp_path)
     Trainer(run).fit(Silent())
     other = write_text(tmp_path / "other.txt", 50)
-    assert main(["eval", str(run.folder), f"--data.source={other}", "--eval.batches=null"]) == 0
+    assert main(["eval", str(run.folder), f"--data.source={other}", "--eval.batches=none"]) == 0
     assert "loss " in capsys.readouterr().out
 
 

@@ -108,7 +108,7 @@ def test_tables_within_options_merge_key_by_key() -> None:
             "--optim.schedule=cos",
             "expected one of 'cosine', .*'inverse_sqrt', got 'cos'",
         ),
-        ("--train.micro_batch=1.5", "train.micro_batch: expected an integer or null, got '1.5'"),
+        ("--train.micro_batch=1.5", "train.micro_batch: expected an integer or 'none', got '1.5'"),
         ("--train.micro_batch=3", "must divide train.batch=4, got 3; set train.micro_batch = 2"),
         ("--train.micro_batch=0", "train.micro_batch must be at least 1, got 0"),
         ("--train.steps=0", "train.steps must be at least 1, got 0; set train.steps = 1"),
@@ -140,6 +140,10 @@ def test_tables_within_options_merge_key_by_key() -> None:
         ("--loss.z_loss=-1", r"loss.z_loss must be at least 0, got -1.0"),
         ("--loss.label_smoothing=1", "loss.label_smoothing must be at least 0 and below 1"),
         ("--optim.beta2_decay=0.5", r"optim.beta2_decay is of optim.name = 'adafactor'"),
+        ("--data.mix=classics", "data.mix: expected a table of values, each a number"),
+        ("--data.mix.a.txt=3", r"""or write the whole table: --data.mix='{"a.txt": 3}'"""),
+        ("--data.source.a-b=3", "unknown option --data.source.a-b; data.source is no table"),
+        ("--model.router_options.z-coef=3", "'--model.router_options.z-coef=3'; .* plain words"),
         ("--init.form=x", r"unknown option --init.form; did you mean 'init.from'\?"),
         ("--loss.z_loss=much", "loss.z_loss: expected a number, got 'much'"),
         ("--mesh.ep=0", "mesh.ep must be at least 1, got 0"),
@@ -213,6 +217,76 @@ def test_a_null_takes_a_routers_option_away_for_good(tmp_path: Path) -> None:
     assert load_run_file(run.save()) == run
     assert run == make_run(tmp_path, *words, "--model.router_options.capacity=none")
     assert make_run(tmp_path, *words).model.build_router().capacity is not None
+
+
+OPTIONAL = [
+    ("train", "micro_batch", 2),
+    ("train", "epochs", 2.0),
+    ("data", "pack", False),
+    ("data", "cache", "somewhere"),
+    ("mesh", "strategy", "ep"),
+    ("model", "num_kv_heads", 1),
+    ("eval", "batches", 2),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "other"), OPTIONAL)
+def test_none_is_the_same_word_in_a_file_and_on_the_command_line(
+    section: str, key: str, other: Any
+) -> None:
+    def value(given: Any, *words: str) -> Any:
+        content: dict[str, Any] = {"model": {"preset": "nano"}, "data": {"source": "x"}}
+        content[section] = content.get(section, {}) | {key: given}
+        return getattr(getattr(parse_run(content, words), section), key)
+
+    assert value(other) == other
+    assert value("none") is None
+    for words in (["=none"], ["=null"], ["", "none"]):
+        assert value(other, f"--{section}.{key}{words[0]}", *words[1:]) is None
+
+
+def test_none_over_a_value_of_the_preset() -> None:
+    content = {"model": {"preset": "qwen3-30b-a3b"}, "data": {"source": "x"}}
+    assert parse_run(content).model.num_kv_heads == 4
+    assert parse_run(content, ["--model.num_kv_heads=none"]).model.num_kv_heads is None
+    content["model"]["num_kv_heads"] = "none"
+    assert parse_run(content).model.num_kv_heads is None
+
+
+def test_where_none_is_a_value_it_stays_one(tmp_path: Path) -> None:
+    words = ["--run.resume=none", "--model.qk_norm=none", "--data.source=none"]
+    run = make_run(tmp_path, *words)
+    assert (run.run.resume, run.model.qk_norm, run.data.source) == ("none", "none", "none")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        '{"notes/a.txt": 2, "my-notes": 0.5}',
+        "{notes/a.txt: 2, my-notes: 0.5}",
+        '{"notes/a.txt" = 2, my-notes = 0.5}',
+    ],
+    ids=["json", "yaml", "toml"],
+)
+def test_a_mixture_may_be_written_as_a_table(tmp_path: Path, table: str) -> None:
+    run = make_run(tmp_path, "--data.source=", f"--data.mix={table}")
+    assert run.data.mix == {"notes/a.txt": 2.0, "my-notes": 0.5}
+
+
+@pytest.mark.parametrize("name", ["classics", "my-notes", "a b", "notes/a", "hf:x/y@z:train[:10%]"])
+def test_one_weight_of_a_mixture(tmp_path: Path, name: str) -> None:
+    content = tables(tmp_path)
+    content["data"] |= {"source": "", "mix": {"notes/a.txt": 2.0, "my-notes": 0.5}}
+    for words in ([f"--data.mix.{name}=3"], [f"--data.mix.{name}", "3"]):
+        assert parse_run(content, words).data.mix == {"notes/a.txt": 2.0, "my-notes": 0.5, name: 3}
+
+
+def test_options_may_be_a_table_of_toml() -> None:
+    content = {"model": {"preset": "nano"}, "data": {"source": "x"}}
+    expected = {"balance_coef": 0.01, "capacity": {"factor": 1.5}}
+    for word in ("={balance_coef = 0.01, capacity = {factor = 1.5}}", ".capacity={factor = 1.5}"):
+        run = parse_run(content, [f"--model.router_options{word}"])
+        assert run.model.router_options == expected
 
 
 def test_tables_of_the_test_are_a_run(tmp_path: Path) -> None:
