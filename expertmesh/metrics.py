@@ -5,6 +5,7 @@ statistic is derived from reduced counters, so that it means the same on every m
 activation checkpointing counts nothing twice.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +46,8 @@ class RoutingMeter:
     out; ``choices`` and ``dropped`` ``(16,)``: by relative position in the sequence; ``entropy``:
     nats summed over tokens; ``max_logit``: the largest absolute router logit.
 
-    Not a module and no buffers: counters must not be cast with the model, saved, or overwritten by
-    a wrapper that broadcasts buffers. They live where the routing lives.
+    Not a module and no buffers: counters must not be cast with the model, be part of its weights,
+    or be overwritten by a wrapper that broadcasts buffers. They live where the routing lives.
 
     Args:
         num_experts: E.
@@ -128,6 +129,17 @@ class RoutingMeter:
             for counter in counters.values():
                 counter.zero_()
         return metrics
+
+    def set(self, values: Mapping[str, Sequence[int] | float], device: torch.device) -> None:
+        """Count on from what another meter had counted.
+
+        Args:
+            values: Of each counter, as ``Metric.value.tolist()`` gives them.
+            device: Where the routing lives.
+        """
+        self._counters = self._counters or self._zeros(device)
+        for name, counter in self._counters.items():
+            counter.copy_(torch.tensor(values[name], dtype=counter.dtype))
 
     def _zeros(self, device: torch.device) -> dict[str, Tensor]:
         shapes = {

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from expertmesh.train.console import output_may_end
+
 if TYPE_CHECKING:
     from expertmesh.train.config import RunFile
     from expertmesh.train.loop import Outcome, Trainer
@@ -58,10 +60,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from expertmesh.train.loop import Trainer
 
-    with joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
+    with output_may_end(), joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
         return train(Trainer(run))
 
 
+@output_may_end()
 def train(trainer: "Trainer") -> int:
     """Take a run to its end, and say how it goes.
 

@@ -7,7 +7,6 @@ The last line of standard output ends with ``REPORT`` and JSON, after what a ran
 without a line's end.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -16,11 +15,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from expertmesh.launch.job import RANK_MARK
-from expertmesh.launch.orphans import adopt_orphans, end_children
+from expertmesh.launch.orphans import adopt_orphans, end_children, may_have_children
+
+# Seconds that torchrun has for its own end once its last rank has ended.
+_WITHOUT_RANKS = 10.0
 
 # Two marks: a rank's line has one before its own words.
 REPORT = f"{RANK_MARK}{RANK_MARK}report "
@@ -79,14 +82,28 @@ def _obey(words: io.FileIO, process: "subprocess.Popen[bytes]", patience: float)
         if line.strip() == b"kill":
             break
         if line.strip() == b"stop":
-            process.terminate()
-            patience_ends = threading.Timer(patience, process.kill)
-            patience_ends.daemon = True
-            patience_ends.start()
+            threading.Thread(target=_end, args=(process, patience), daemon=True).start()
     else:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=patience)
+        _end(process, patience)
+    process.kill()
+
+
+def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:
+    """Ask torchrun to end; kill it when its ranks have had their time, or when it has none.
+
+    torchrun waits five minutes for other hosts once its own ranks have ended well, and does not
+    hear signals then. A host that is gone never comes. One that is slow is not cut off by this:
+    while its ranks work, so do those of the others, and a torchrun that was asked to end before
+    its ranks have ended waits for nobody either.
+    """
+    process.terminate()
+    now = time.monotonic()
+    latest, alone = now + patience, now + _WITHOUT_RANKS
+    while process.poll() is None and now < min(latest, alone):
+        time.sleep(0.2)
+        now = time.monotonic()
+        if may_have_children(process.pid):
+            alone = now + _WITHOUT_RANKS
     process.kill()
 
 

@@ -34,12 +34,17 @@ def end_children(*, patience: float = 10.0) -> int:
     give_up = time.monotonic() + patience
     # A child's children appear here when it has ended, so one look is not enough.
     while _reap() and time.monotonic() < give_up:
-        for child in _children() - killed:
+        for child in _children(os.getpid()) - killed:
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGKILL)
                 killed.add(child)
         time.sleep(0.005)
     return len(killed)
+
+
+def may_have_children(process: int) -> bool:
+    """Whether a process has children, as far as this system tells: True where it does not."""
+    return not Path("/proc/self/stat").exists() or bool(_children(process))
 
 
 def _reap() -> bool:
@@ -52,11 +57,11 @@ def _reap() -> bool:
     return True
 
 
-def _children() -> set[int]:
+def _children(process: int) -> set[int]:
     found = set()
     for entry in Path("/proc").glob("[0-9]*/stat"):
         # The name in brackets may hold any character; state and parent follow it.
         with contextlib.suppress(OSError):
-            if int(entry.read_bytes().rpartition(b")")[2].split()[1]) == os.getpid():
+            if int(entry.read_bytes().rpartition(b")")[2].split()[1]) == process:
                 found.add(int(entry.parent.name))
     return found

@@ -10,8 +10,8 @@ from functools import cached_property
 
 HERE = "localhost"
 
-# After a minute of silence the other side counts as gone. ssh takes the first value that it is
-# given for an option, so what a user's own words say holds over these.
+# After five intervals of silence the other side counts as gone. ssh takes the first value that it
+# is given for an option, so what a user's own words say holds over these.
 _SSH_OPTIONS = (
     "-T",
     "-o",

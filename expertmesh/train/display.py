@@ -135,4 +135,6 @@ class NoDisplay(Display):
 
 def make_display(steps: int, start: int = 0) -> Display:
     """A live bar on a terminal, plain lines anywhere else."""
-    return TerminalDisplay(steps, start) if sys.stdout.isatty() else PlainDisplay(steps)
+    # None where the program was started with its output closed.
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return TerminalDisplay(steps, start) if terminal else PlainDisplay(steps)

@@ -28,7 +28,9 @@ from expertmesh.train.progress import (
     layer_entries,
     memory_mib,
     overall,
+    routing_state,
     routing_summaries,
+    set_routing_state,
 )
 from expertmesh.train.provenance import check_same_data, save_provenance
 from expertmesh.train.published import check_publishable, load_initial, publish
@@ -162,6 +164,7 @@ class Trainer:
             "seconds": self.clock.seconds,
             "scaler": self.stepper.loss_scale.state_dict(),
             "optimizer": self.run.optim.name,
+            "routing": routing_state(self.model, self.device, self.mesh, self.ranks),
         }
         return self.checkpoints.save(
             self.step,
@@ -269,6 +272,8 @@ class Trainer:
         checkpoint.load_model(self.model)
         checkpoint.load_optimizer(self.model, self.stepper.optimizer)
         self.stepper.loss_scale.load_state_dict(state["scaler"])
+        # Checkpoints of earlier versions have none.
+        set_routing_state(self.model, state.get("routing", {}), self.device, self.mesh)
         self.clock = Clock(state["seconds"], state["tokens"])
         self.step = checkpoint.step
 

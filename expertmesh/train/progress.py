@@ -2,13 +2,14 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from expertmesh.layer import moe_layers
-from expertmesh.metrics import RoutingSummary, summarize
+from expertmesh.metrics import Metric, RoutingSummary, summarize
 
 if TYPE_CHECKING:
     from expertmesh.parallel.agreement import Agreement
@@ -67,13 +68,65 @@ def routing_summaries(
         mesh: What it was laid out over; then every rank has the sums over all ranks.
         ranks: All ranks of the mesh.
     """
-    if mesh is None or ranks is None:
-        counters = {name: moe.metrics(reset=True) for name, moe in moe_layers(model).items()}
-    else:
-        from expertmesh.parallel.reports import read_metrics
-
-        counters = read_metrics(model, mesh, ranks)
+    counters = _counters(model, mesh, ranks)
     return {name: summarize(metrics) for name, metrics in counters.items()}
+
+
+def routing_state(
+    model: nn.Module,
+    device: torch.device,
+    mesh: "Mesh | None" = None,
+    ranks: "Agreement | None" = None,
+) -> dict[str, dict[str, Any]]:
+    """What each MoE layer counted since it was last read, as JSON; the layers count on.
+
+    All sums then lie with one rank, here as in a run that continues from them: so both round alike.
+
+    Args:
+        model: What this rank has of it.
+        device: Where its layers compute.
+        mesh: What it was laid out over.
+        ranks: All ranks of the mesh.
+    """
+    counters = _counters(model, mesh, ranks)
+    state = {
+        name: {key: metric.value.tolist() for key, metric in metrics.items()}
+        for name, metrics in counters.items()
+    }
+    set_routing_state(model, state, device, mesh)
+    return state
+
+
+def set_routing_state(
+    model: nn.Module,
+    state: Mapping[str, Mapping[str, Any]],
+    device: torch.device,
+    mesh: "Mesh | None" = None,
+) -> None:
+    """Let layers that have counted nothing count on from what ``routing_state`` gave on any mesh.
+
+    Args:
+        model: What this rank has of it.
+        state: By the layers' names; those without any start at zero.
+        device: Where the layers compute.
+        mesh: What the model was laid out over; the first rank of each stage takes the sums.
+    """
+    if mesh is not None and mesh.stage.index != 0:
+        return
+    for name, moe in moe_layers(model).items():
+        if name in state:
+            moe.meter.set(state[name], device)
+
+
+def _counters(
+    model: nn.Module, mesh: "Mesh | None", ranks: "Agreement | None"
+) -> dict[str, dict[str, Metric]]:
+    """The layers' counters, which start again from zero; on a mesh the sums over all ranks."""
+    if mesh is None or ranks is None:
+        return {name: moe.metrics(reset=True) for name, moe in moe_layers(model).items()}
+    from expertmesh.parallel.reports import read_metrics
+
+    return read_metrics(model, mesh, ranks)
 
 
 def forget_routing(model: nn.Module) -> None:

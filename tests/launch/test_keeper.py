@@ -13,6 +13,7 @@ RUN = """
 import sys
 from expertmesh.launch import keeper
 start = keeper.subprocess.Popen
+keeper._WITHOUT_RANKS = 0.5
 words = [sys.executable, "-c", {agent!r}]
 keeper.subprocess.Popen = lambda _, **options: start(words, **options)
 sys.exit(keeper.main())
@@ -116,6 +117,25 @@ def test_it_does_not_wait_for_ever(line, patience):
     kept.say(line)
     _, report, _ = kept.result()
     assert report == {"status": -9, "failures": [], "left": 1}
+
+
+def test_torchrun_is_not_waited_for_without_ranks():
+    """As where it waits for a host that is gone; a rank that still saves is waited for."""
+    agent = """
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+rank = subprocess.Popen(["sh", "-c", "echo running; sleep 3; echo saved"])
+rank.wait()
+time.sleep(60)
+"""
+    kept = Kept(agent, patience=60.0)
+    assert kept.process.stdout.readline() == "running\n"
+    kept.say("stop")
+    begin = time.monotonic()
+    lines, report, _ = kept.result()
+    assert time.monotonic() - begin < 40
+    assert lines == ["saved"]
+    assert report == {"status": -9, "failures": [], "left": 0}
 
 
 def test_ranks_share_the_cores(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 from expertmesh.errors import UserError
 from expertmesh.testing import run_on_ranks
+from expertmesh.train.checkpoint import Checkpoint
 from expertmesh.train.config import RunFile
 from expertmesh.train.loop import Trainer
 from expertmesh.train.passes import OneByOne
@@ -113,6 +114,97 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(
     assert trainer.step == 3
     trainer.fit(Silent())
     assert losses(run) == losses(whole)
+
+
+SPARSE = (
+    "--train.steps=12",
+    "--train.log_every=5",
+    "--train.save_every=3",
+    "--eval.every=0",
+    "--model.router_options.capacity.factor=0.7",
+)
+
+
+def fit_until(run: RunFile, last: int) -> None:
+    """Train, and crash in the step after ``last``."""
+
+    def crash(self: Stepper, step: int, batch: Any) -> Any:
+        if step > last:
+            raise RuntimeError("power cut")
+        return original(self, step, batch)
+
+    original = Stepper.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(run)
+
+
+def fit_twice(path: Path, *overrides: str) -> None:
+    """A run, and one that is cut between two lines and continues between two others."""
+    fit(make_run(path, *overrides, f"--run.dir={path}/whole"))
+    broken = make_run(path, *overrides, f"--run.dir={path}/broken")
+    fit_until(broken, 8)
+    fit(broken)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """All numbers that a run logged but those of clock and memory, by line."""
+    timed = {"seconds", "tokens_per_second", "memory_mib"}
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in timed}
+        for file in ("metrics.jsonl", "routing.jsonl")
+        for line in (folder / file).read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"), [(1, ()), (2, ("--mesh.ep=2",)), (2, ("--mesh.pp=2",))], ids=str
+)
+def test_a_resumed_run_logs_what_was_counted_before_it(
+    tmp_path: Path, ranks: int, overrides: tuple[str, ...]
+) -> None:
+    if ranks == 1:
+        fit_twice(tmp_path, *SPARSE)
+    else:
+        make_run(tmp_path)
+        run_on_ranks(ranks, fit_twice, tmp_path, *SPARSE, *overrides, timeout=120)
+    whole, broken = logged(tmp_path / "whole"), logged(tmp_path / "broken")
+    assert [line["step"] for line in whole] == [1, 5, 10, 12] * 2
+    assert whole[2]["dropped"] > 0
+    assert broken == whole
+
+
+def test_counters_go_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """The last line is of steps 11 and 12: two ranks counted the first, one the second."""
+    overrides = [o for o in SPARSE if "save_every" not in o] + ["--train.save_every=11"]
+    run = make_run(tmp_path, *overrides)
+    run_on_ranks(2, fit_until, run, 11, timeout=120)
+    fit(run)
+    alone = make_run(tmp_path, *overrides, f"--run.dir={tmp_path}/alone")
+    fit(alone)
+    got, expected = logged(run.folder)[-1], logged(alone.folder)[-1]
+    ((name, layer),) = expected["layers"].items()
+    assert sum(got["layers"][name]["load"]) == 2 * 4 * 16 * 2
+    for key in ("load", "dropped", "dropped_by_position", "entropy", "max_logit"):
+        # A rounding may turn a token or two.
+        assert got["layers"][name][key] == pytest.approx(layer[key], rel=0.05, abs=0.05)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_counters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, *SPARSE)
+    fit_until(run, 6)
+    state = Checkpoint.state
+
+    def without(self: Checkpoint) -> dict[str, Any]:
+        return {key: value for key, value in state(self).items() if key != "routing"}
+
+    monkeypatch.setattr(Checkpoint, "state", without)
+    fit(run)
+    (layer,) = logged(run.folder)[-2]["layers"].values()
+    assert sum(layer["load"]) == 4 * 4 * 16 * 2
 
 
 def test_ctrl_c_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +434,7 @@ def test_epochs_become_steps_by_the_size_of_the_data(tmp_path: Path) -> None:
     saved = load_run_file(trainer.run.folder / "config.toml")
     assert (saved.train.steps, saved.train.epochs) == (steps, None)
     assert Trainer(parse_run(content)).done
-    with pytest.raises(UserError, match=r"takes the place of train.steps.*train.epochs to null"):
+    with pytest.raises(UserError, match=r"takes the place of train.steps.*train.epochs = 'none'"):
         parse_run(content, ["--train.steps=7"])
     assert parse_run(content, ["--train.steps=7", "--train.epochs=null"]).train.steps == 7
 

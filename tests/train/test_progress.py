@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from expertmesh.train.progress import (
     layer_entries,
     memory_mib,
     overall,
+    routing_state,
     routing_summaries,
+    set_routing_state,
 )
 from tests.train.tiny import MODEL
 
@@ -53,6 +57,28 @@ def test_counters_are_read_once_or_forgotten() -> None:
     assert sum(layer.load) == 16
     model(tokens)
     forget_routing(model)
+    assert sum(next(iter(routing_summaries(model).values())).load) == 0
+
+
+def test_counters_go_on_where_they_were_written_down() -> None:
+    def forward(start: int) -> None:
+        model(torch.arange(start, start + 8).view(2, 4))
+
+    cpu = torch.device("cpu")
+    model = DecoderLM(DecoderConfig(**MODEL), seed=0)
+    forward(0)
+    forward(8)
+    expected = routing_summaries(model)
+    forward(0)
+    state = json.loads(json.dumps(routing_state(model, cpu)))
+    forward(8)
+    assert routing_summaries(model) == expected
+    # As in another process, where nothing was counted yet.
+    model = DecoderLM(DecoderConfig(**MODEL), seed=0)
+    set_routing_state(model, state, cpu)
+    forward(8)
+    assert routing_summaries(model) == expected
+    set_routing_state(model, {}, cpu)
     assert sum(next(iter(routing_summaries(model).values())).load) == 0
 
 
