@@ -28,6 +28,27 @@ def tuned(result: dict[str, Any], made_by: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def one_by_one(result: dict[str, Any], made_by: str) -> str:
+    """Every kernel of a step, beside another library's."""
+    kernels = result["kernels"]
+    who = list(dict.fromkeys(name for row in kernels.values() for name in row))
+    lines = [
+        "## The kernels of the layer's step one by one\n",
+        made_by,
+        "Milliseconds of all kernels together, a step at a time under torch's profiler, medians, "
+        "bfloat16; and how many kernels they are. Gaps between them are not in it.\n",
+        f"| shape | {' | '.join(who)} |",
+        f"|---|{'---:|' * len(who)}",
+    ]
+    for shape, row in kernels.items():
+        cells = [
+            f"{sum(ms for _, ms in row[name]):.2f}, {len(row[name])}" if name in row else ""
+            for name in who
+        ]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def cross_entropy(result: dict[str, Any], made_by: str) -> str:
     """The output layer and the loss."""
     table = result["by_tokens"]

@@ -89,6 +89,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "layer_cpu": layer_cpu,
     "layer_gpu": gpu_sections.layer,
     "bench_gpu": gpu_sections.beside_peers,
+    "products_gpu": kernel_sections.one_by_one,
     "block_sparse_gpu": kernel_sections.block_sparse,
     "tune_fused": kernel_sections.tuned,
     "loads_gpu": gpu_sections.loads,

@@ -96,6 +96,12 @@ PEERS = {
     "saved_mib": {"first": {}, "second": {"SonicMoE": 7.0}},
     "missing": {"first": {"SonicMoE": "failed: RuntimeError"}, "second": {}},
 }
+KERNELS = {
+    "kernels": {
+        "first": {"expertmesh": [["up", 1.25], ["down", 0.5]], "SonicMoE": [["gemm", 2.0]]},
+        "second": {"expertmesh": [["up", 4.0]]},
+    }
+}
 CUT = {"first_step_s": {}, "skew_ms": {"first": {"uniform": 2.0, "Zipf": 3.0}}, "tokens": {}}
 MADE_UP = {
     "loads_gpu": (
@@ -138,6 +144,11 @@ MADE_UP = {
             "| olmoe-1b-7b | 1.00 / 3.00 | 2.00 / 4.00 |",
             "topology 0.12, SDD 0.50 ms of the forward pass; outputs and gradients within 2e-03",
         ],
+    ),
+    "products_gpu": (
+        KERNELS,
+        "## The kernels of the layer's step one by one",
+        ["| first | 1.75, 2 | 2.00, 1 |", "| second | 4.00, 1 |  |"],
     ),
     "bench_gpu": (
         PEERS,
