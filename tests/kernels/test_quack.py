@@ -31,7 +31,7 @@ TRAINING = Problem(
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU, Triton and QuACK as far as refusals ask."""
     monkeypatch.setattr(quack, "QUACK_VERSION", "0.3.11")
-    monkeypatch.setattr(quack.TritonMLP, "refusal", lambda self, problem: None)
+    monkeypatch.setattr(quack.FusedMLP, "refusal", lambda self, problem: None)
     monkeypatch.setattr(quack, "capability", lambda device: (9, 0))
 
 

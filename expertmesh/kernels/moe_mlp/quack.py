@@ -4,7 +4,7 @@ from importlib import metadata
 from typing import ClassVar
 
 from expertmesh.kernels.backends import Problem
-from expertmesh.kernels.moe_mlp.triton import TritonMLP
+from expertmesh.kernels.moe_mlp.triton import FusedMLP
 from expertmesh.kernels.triton_support import capability
 
 _KNOWN = "0.3.11"
@@ -22,8 +22,8 @@ QUACK_VERSION = _installed()
 """Read once: what is traced by ``torch.compile`` asks for it."""
 
 
-class QuackMLP(TritonMLP):
-    """``TritonMLP``, whose gradients of matrices gather their rows on the way (CuTe)."""
+class QuackMLP(FusedMLP):
+    """With QuACK's gradients of matrices, which gather their rows on the way (CuTe)."""
 
     name: ClassVar[str] = "quack"
     summary: ClassVar[str] = "triton with QuACK's products where they are faster; Hopper, 16 bits"

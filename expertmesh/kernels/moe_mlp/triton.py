@@ -30,12 +30,14 @@ _MOST_EXPERTS = 4095  # their counts, sentinel included, are one program's to so
 _FEWEST_ROWS_PER_EXPERT = 8  # below, tiles of 64 rows are mostly empty
 
 
-class TritonMLP(MLPBackend):
-    """Grouped products with everything between them fused; bitwise reproducible."""
+class FusedMLP(MLPBackend):
+    """Grouped products with everything between them fused; bitwise reproducible.
 
-    name: ClassVar[str] = "triton"
-    summary: ClassVar[str] = "fused Triton kernels for training; Hopper GPUs, 16 and 32 bits"
-    quack: ClassVar[bool] = False
+    Attributes:
+        quack: Whether some of the products may be QuACK's.
+    """
+
+    quack: ClassVar[bool]
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.activation not in ACTIVATIONS:
@@ -70,6 +72,14 @@ class TritonMLP(MLPBackend):
             operands.needs_grad,
             self.quack,
         )
+
+
+class TritonMLP(FusedMLP):
+    """By Triton and torch alone."""
+
+    name: ClassVar[str] = "triton"
+    summary: ClassVar[str] = "fused Triton kernels for training; Hopper GPUs, 16 and 32 bits"
+    quack: ClassVar[bool] = False
 
 
 def _device_refusal(problem: Problem) -> str | None:
