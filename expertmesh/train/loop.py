@@ -118,7 +118,7 @@ class Trainer:
         return differences(load_run_file(path), self.run) if path.exists() else []
 
     def fit(self, display: Display) -> Outcome:
-        """Train to the last step, or until SIGTERM or Ctrl-C, and save.
+        """Train to the last step, or until a signal asks for a stop, and save.
 
         Args:
             display: Shows progress.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask for a stop; the loop stops after the step that is running."""
+"""SIGTERM, Ctrl-C and a closed terminal ask for a stop, which follows the running step."""
 
 import signal
 import threading
@@ -7,10 +7,11 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are remembered instead of ending the process.
+    """A context in which SIGTERM, SIGINT and SIGHUP are remembered instead of ending the process.
 
     The second one acts as it would have outside, so a run that hangs can still be ended.
-    Handlers exist in the main thread only; elsewhere nothing is caught.
+    Handlers exist in the main thread only; elsewhere nothing is caught. SIGHUP stays ignored where
+    it is, as under ``nohup``.
 
     Attributes:
         name: The signal's name once one came, else None.
@@ -22,7 +23,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._remember)
         return self
 

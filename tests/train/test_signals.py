@@ -17,6 +17,21 @@ def test_signal_is_remembered_and_handlers_come_back(number: signal.Signals) -> 
     assert signal.getsignal(number) is before
 
 
+def test_a_closed_terminal_is_remembered_but_not_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.name == "SIGHUP"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.name is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def terminal() -> Iterator[None]:
     """Ctrl-C as it is in a terminal: it is ignored in what a shell started in the background."""
