@@ -39,7 +39,7 @@ from peers import PEERS
 from record import RESULTS, load_if_there, save, stamps_of
 from torch import Tensor, nn
 
-from expertmesh.kernels.moe_mlp.quack import QUACK_VERSION
+from expertmesh.kernels.moe_mlp.quack import QUACK_MISSING
 
 NAME = "bench_gpu"
 BY_SHAPE = ("shapes", "median_ms", "saved_mib", "missing")
@@ -136,10 +136,10 @@ def contenders(
     """Layers by name, and why others are not among them."""
     modules: dict[str, nn.Module] = {OURS: InSequences(make_layer(shape, "triton"))}
     missing = {}
-    if QUACK_VERSION is None:
-        missing[WITH_QUACK] = "not installed: quack-kernels"
-    else:
+    if QUACK_MISSING is None:
         modules[WITH_QUACK] = InSequences(make_layer(shape, "quack"))
+    else:
+        missing[WITH_QUACK] = QUACK_MISSING
     for peer in arguments.peers:
         try:
             modules[peer] = PEERS[peer](shape, tune=arguments.tune)

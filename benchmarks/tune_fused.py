@@ -25,7 +25,7 @@ from torch import Tensor
 from expertmesh.kernels.layout import Layout, make_layout
 from expertmesh.kernels.moe_mlp.fused import launch
 from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Quack, Tile, Turns
-from expertmesh.kernels.moe_mlp.quack import QUACK_VERSION
+from expertmesh.kernels.moe_mlp.quack import QUACK_MISSING
 
 WIDE = Tile(columns=256, depth=64, warps=8, stages=3)
 TALL = replace(WIDE, rows=256, columns=128)
@@ -72,7 +72,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
 
 NAME = "tune_fused"
 PRODUCTS = ["up", "up, inference", "down", "dhidden", "dx", "dup", "ddown", "ddown, copied"]
-PRODUCTS += ["dup, QuACK", "ddown, QuACK"] if QUACK_VERSION else []
+PRODUCTS += ["dup, QuACK", "ddown, QuACK"] if QUACK_MISSING is None else []
 
 
 @dataclass(frozen=True)

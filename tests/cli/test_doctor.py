@@ -90,7 +90,7 @@ def test_on_hopper_every_product_is_named(
 def test_quack_is_named_where_it_is_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quack, "QUACK_VERSION", "0.3.11")
+    monkeypatch.setattr(quack, "QUACK_MISSING", None)
     text = on_gpu(capsys, monkeypatch, (9, 0), "3.6.0")
     kernel = {words[1]: words[2] for words in map(cells, text.splitlines()) if words}
     assert kernel["QuACK's kernels"] == "used where they are faster"

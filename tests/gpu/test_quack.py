@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from expertmesh.kernels.moe_mlp.quack import QUACK_VERSION
+from expertmesh.kernels.moe_mlp.quack import QUACK_MISSING
 from tests.kernels.cases import Case, assert_equal_to_reference, make_case, run
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(QUACK_VERSION is None, reason="quack-kernels is not installed"),
+    pytest.mark.skipif(QUACK_MISSING is not None, reason=str(QUACK_MISSING)),
 ]
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -30,7 +30,7 @@ TRAINING = Problem(
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU, Triton and QuACK as far as refusals ask."""
-    monkeypatch.setattr(quack, "QUACK_VERSION", "0.3.11")
+    monkeypatch.setattr(quack, "QUACK_MISSING", None)
     monkeypatch.setattr(quack.FusedMLP, "refusal", lambda self, problem: None)
     monkeypatch.setattr(quack, "capability", lambda device: (9, 0))
 
@@ -71,7 +71,7 @@ def plain_quack(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     module = ModuleType("quack.gemm")
     module.gemm = gemm
     monkeypatch.setitem(sys.modules, "quack.gemm", module)
-    monkeypatch.setattr(quack, "QUACK_VERSION", "0.3.11")
+    monkeypatch.setattr(quack, "QUACK_MISSING", None)
     monkeypatch.setattr(
         fused_run,
         "_plan",
@@ -140,6 +140,7 @@ def test_auto_takes_it_in_training_alone() -> None:
 @pytest.mark.parametrize(
     ("version", "dtype", "capability", "reason"),
     [
+        (None, torch.bfloat16, (8, 0), "for compute capability 9.0, this device has 8.0"),
         (None, torch.bfloat16, (9, 0), "not installed; run: pip install 'expertmesh[hopper]'"),
         ("0.6.5", torch.bfloat16, (9, 0), "as of 0.3.11, installed is 0.6.5; run: pip install"),
         ("0.3.11", torch.float32, (9, 0), "it takes bfloat16 and float16, not torch.float32"),
@@ -155,7 +156,24 @@ def test_refusals(
     capability: tuple[int, int],
     reason: str | None,
 ) -> None:
-    monkeypatch.setattr(quack, "QUACK_VERSION", version)
+    def installed(package: str) -> str:
+        if version is None:
+            raise quack.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(quack.metadata, "version", installed)
+    monkeypatch.setattr(quack, "QUACK_MISSING", quack._missing())
     monkeypatch.setattr(quack, "capability", lambda device: capability)
     refusal = QuackMLP().refusal(replace(TRAINING, dtype=dtype))
     assert (refusal is None) if reason is None else (reason in (refusal or ""))
+
+
+def test_without_a_gpu_nobody_is_asked_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quack, "QUACK_MISSING", "run: pip install")
+    monkeypatch.setattr(quack, "capability", lambda device: (9, 0))
+    on_cpu = replace(TRAINING, device=torch.device("cpu"))
+    assert "pip install" in (QuackMLP().refusal(TRAINING) or "")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert QuackMLP().refusal(on_cpu) == "Triton has no kernels for the CPU"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "pip install" in (QuackMLP().refusal(on_cpu) or "")

@@ -11,15 +11,22 @@ _KNOWN = "0.3.11"
 """How its products are called changes from version to version."""
 
 
-def _installed() -> str | None:
+def _missing() -> str | None:
+    """What to install; None if it is."""
     try:
-        return metadata.version("quack-kernels")
+        installed = metadata.version("quack-kernels")
     except metadata.PackageNotFoundError:
+        return "quack-kernels is not installed; run: pip install 'expertmesh[hopper]'"
+    if installed == _KNOWN:
         return None
+    return (
+        f"it calls quack-kernels as of {_KNOWN}, installed is {installed}; "
+        "run: pip install 'expertmesh[hopper]'"
+    )
 
 
-QUACK_VERSION = _installed()
-"""Read once: what is traced by ``torch.compile`` asks for it."""
+QUACK_MISSING = _missing()
+"""Asked once: what is traced by ``torch.compile`` wants to know it."""
 
 
 class QuackMLP(FusedMLP):
@@ -30,21 +37,15 @@ class QuackMLP(FusedMLP):
     quack: ClassVar[bool] = True
 
     def refusal(self, problem: Problem) -> str | None:
-        if QUACK_VERSION is None:
-            return "quack-kernels is not installed; run: pip install 'expertmesh[hopper]'"
-        if QUACK_VERSION != _KNOWN:
-            return (
-                f"it calls quack-kernels as of {_KNOWN}, installed is {QUACK_VERSION}; "
-                "run: pip install 'expertmesh[hopper]'"
-            )
-        if problem.dtype.itemsize != 2:
-            return f"it takes bfloat16 and float16, not {problem.dtype}"
-        refusal = super().refusal(problem)
-        if refusal is None and problem.device.type == "cuda":
+        if problem.device.type == "cuda":
             major, minor = capability(problem.device)
             if (major, minor) != (9, 0):
                 return f"it is for compute capability 9.0, this device has {major}.{minor}"
-        return refusal
+            if QUACK_MISSING:  # here already: this is asked at every call
+                return QUACK_MISSING
+        if problem.dtype.itemsize != 2:
+            return f"it takes bfloat16 and float16, not {problem.dtype}"
+        return super().refusal(problem) or QUACK_MISSING
 
     def suits(self, problem: Problem) -> bool:
         """In training: its products are in the backward pass."""
