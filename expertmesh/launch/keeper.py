@@ -77,14 +77,20 @@ def _num_cores() -> int:
 
 
 def _obey(words: io.FileIO, process: "subprocess.Popen[bytes]", patience: float) -> None:
-    """Do what standard input says, until it ends."""
+    """Do what standard input says, until it ends.
+
+    torchrun is asked once: asked again it ends its ranks before they have saved.
+    """
+    ending = threading.Thread(target=_end, args=(process, patience), daemon=True)
     for line in words:
         if line.strip() == b"kill":
             break
-        if line.strip() == b"stop":
-            threading.Thread(target=_end, args=(process, patience), daemon=True).start()
+        if line.strip() == b"stop" and ending.ident is None:
+            ending.start()
     else:
-        _end(process, patience)
+        if ending.ident is None:
+            ending.start()
+        ending.join()
     process.kill()
 
 

@@ -36,7 +36,9 @@ def run_job(job: Job, logs: Logs) -> Outcome:
     """Start a job on its hosts and stay with it to its end.
 
     SIGINT, SIGTERM and SIGHUP ask all hosts to stop: ranks that train finish their step and save.
-    A second signal kills. If this process is killed itself, its hosts notice, and stop.
+    A second signal kills, unless it is SIGHUP: a terminal that closes may send two. Where SIGHUP is
+    ignored, as under ``nohup``, it stays so. If this process is killed itself, its hosts notice,
+    and stop.
 
     Args:
         job: What to start.
@@ -77,13 +79,21 @@ class _Watch:
             if event is None:
                 self._cut() if self._stopping else self._stop()
             elif isinstance(event, signal.Signals):
-                self._kill() if self._stopped_by else self._stop()
-                self._stopped_by = event
+                self._heed(event)
             else:
                 self._running.discard(event)
                 if self._deadline is None and event.failures():
                     self._wait(_SETTLE_SECONDS)
         return self._stopped_by
+
+    def _heed(self, number: signal.Signals) -> None:
+        if self._stopped_by is None:
+            self._stop()
+        elif number != signal.SIGHUP:
+            self._kill()
+        else:
+            return
+        self._stopped_by = number
 
     def _next(self) -> Event | None:
         if self._deadline is None:
@@ -122,6 +132,7 @@ def _signals_to(events: "queue.SimpleQueue[Event]") -> Iterator[None]:
     before = {
         number: signal.signal(number, lambda got, _: events.put(signal.Signals(got)))
         for number in _SIGNALS
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
     }
     try:
         yield

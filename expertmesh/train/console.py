@@ -16,10 +16,22 @@ def output_may_end() -> Iterator[None]:
     """
     # None where the program was started with its output closed; `print` says nothing then.
     if sys.stdout is None:
+        _keep_the_number()
         yield
         return
     with contextlib.redirect_stdout(_Output(sys.stdout)):
         yield
+
+
+def _keep_the_number() -> None:
+    """Else the next file or socket gets it, and takes what a library prints."""
+    try:
+        os.fstat(1)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != 1:
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
 
 
 class _Output(io.TextIOBase):

@@ -269,6 +269,8 @@ def _reworded(message: str, tables: Mapping[str, Any], words: Sequence[str]) -> 
     for word in words:
         if word.startswith(f"--{name}="):
             got = word.partition("=")[2]
+        elif word.startswith(f"--{name}."):  # jsonargparse names the table of an entry
+            got = word.removeprefix(f"--{name}.")
     return f"{as_key(name)}: expected {_type_name(hint)}, got {got!r}"
 
 

@@ -9,9 +9,10 @@ from typing import Any
 class StopRequest:
     """A context in which SIGTERM, SIGINT and SIGHUP are remembered instead of ending the process.
 
-    The second one acts as it would have outside, so a run that hangs can still be ended.
-    Handlers exist in the main thread only; elsewhere nothing is caught. SIGHUP stays ignored where
-    it is, as under ``nohup``.
+    The second one acts as it would have outside, so a run that hangs can still be ended; but not
+    SIGHUP, which comes twice when a terminal closes: from the shell, and from the kernel as the
+    shell ends. Handlers exist in the main thread only; elsewhere nothing is caught. SIGHUP stays
+    ignored where it is, as under ``nohup``.
 
     Attributes:
         name: The signal's name once one came, else None.
@@ -39,10 +40,9 @@ class StopRequest:
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        self.name = self.name or signal.Signals(number).name
+        self._restore(keep=signal.SIGHUP)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def _restore(self, *, keep: int | None = None) -> None:
+        for number in self._previous.keys() - {keep}:
+            signal.signal(number, self._previous.pop(number))

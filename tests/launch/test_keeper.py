@@ -106,6 +106,30 @@ def test_it_stops_in_order(how):
     assert report == {"status": 3, "failures": [], "left": 1}
 
 
+@pytest.mark.parametrize("then", ["stop", "end of input"])
+def test_torchrun_is_asked_once(then):
+    """As where a terminal closes: a signal comes, and the output that nobody takes ends the job."""
+    agent = """
+import signal, subprocess, sys
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1) or print("asked", flush=True))
+rank = subprocess.Popen(["sh", "-c", "echo running; sleep 4"])
+rank.wait()
+sys.exit(len(asked))
+"""
+    kept = Kept(agent, patience=60.0)
+    assert kept.process.stdout.readline() == "running\n"
+    kept.say("stop")
+    assert kept.process.stdout.readline() == "asked\n"
+    if then == "stop":
+        kept.say("stop")
+    else:
+        kept.process.stdin.close()
+    lines, report, _ = kept.result()
+    assert lines == []
+    assert report == {"status": 1, "failures": [], "left": 0}
+
+
 @pytest.mark.parametrize(("line", "patience"), [("stop", 0.3), ("kill", 60.0)])
 def test_it_does_not_wait_for_ever(line, patience):
     agent = (

@@ -101,10 +101,11 @@ def test_a_host_that_does_not_stop_is_given_up(monkeypatch):
     assert "did not answer when asked to stop" in str(outcome.failures[1])
 
 
-def launcher(source):
+def launcher(source, before=""):
     """A process that launches one host with this source, and says how that ended."""
     code = (
-        "import sys; from tests.launch.test_supervise import run_job, Logs, FakePlace, job;"
+        f"{before}import sys;"
+        "from tests.launch.test_supervise import run_job, Logs, FakePlace, job;"
         f"outcome = run_job(job(FakePlace('a', {source!r}), patience=60), Logs(None, sys.stdout));"
         "print(outcome)"
     )
@@ -124,6 +125,35 @@ def test_a_signal_asks_and_a_second_one_kills():
         assert heard == ["a ready\n", "a stop\n", "a kill\n"]
         (outcome,) = process.stdout.read().splitlines()
     assert outcome == "Outcome(failures=(), stopped_by=<Signals.SIGTERM: 15>)"
+
+
+def test_a_terminal_that_closes_may_say_so_twice():
+    """The shell passes it on, and the kernel sends it once more when the shell has ended."""
+    source = f"{REPORTING}\nprint('ready')\nfor _ in '12': print(sys.stdin.readline().strip())"
+    with launcher(f"{source}\nreport(1)") as process:
+        heard = [process.stdout.readline()]
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            process.send_signal(number)
+            if number == signal.SIGTERM or len(heard) == 1:
+                heard.append(process.stdout.readline())
+            else:
+                time.sleep(0.3)
+                assert process.poll() is None
+        outcome = process.stdout.read()
+    assert heard == ["a ready\n", "a stop\n", "a kill\n"]
+    assert "SIGTERM" in outcome
+
+
+def test_a_terminal_may_close_under_nohup():
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    source = f"{REPORTING}\nprint('ready')\nprint(sys.stdin.readline().strip()); report(1)"
+    with launcher(source, ignoring) as process:
+        assert process.stdout.readline() == "a ready\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "a stop\n"
+        assert "SIGTERM" in process.stdout.read()
 
 
 def test_handlers_are_put_back():

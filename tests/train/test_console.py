@@ -58,6 +58,18 @@ def test_a_run_may_begin_without_an_output(tmp_path: Path) -> None:
     assert_complete(train(tmp_path, None), tmp_path / "run")
 
 
+def test_no_file_takes_the_place_of_an_output_that_was_closed(tmp_path: Path) -> None:
+    file = tmp_path / "numbers"
+    code = (
+        "import os; from expertmesh.train.console import output_may_end\n"
+        f"with output_may_end(), open({str(file)!r}, 'w') as file:\n"
+        "    os.write(1, b'a library speaks')\n"
+        "    file.write('12')\n"
+    )
+    subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code], check=True)
+    assert file.read_text() == "12"
+
+
 class Full(io.StringIO):
     """Takes one line."""
 

@@ -141,6 +141,7 @@ def test_tables_within_options_merge_key_by_key() -> None:
         ("--loss.label_smoothing=1", "loss.label_smoothing must be at least 0 and below 1"),
         ("--optim.beta2_decay=0.5", r"optim.beta2_decay is of optim.name = 'adafactor'"),
         ("--data.mix=classics", "data.mix: expected a table of values, each a number"),
+        ("--data.mix.my-notes=much", "each a number, got 'my-notes=much'"),
         ("--data.mix.a.txt=3", r"""or write the whole table: --data.mix='{"a.txt": 3}'"""),
         ("--data.source.a-b=3", "unknown option --data.source.a-b; data.source is no table"),
         ("--model.router_options.z-coef=3", "'--model.router_options.z-coef=3'; .* plain words"),

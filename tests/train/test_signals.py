@@ -32,6 +32,24 @@ def test_a_closed_terminal_is_remembered_but_not_under_nohup() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_terminal_that_closes_may_say_so_twice(first: signal.Signals) -> None:
+    """The shell passes it on, and the kernel sends it once more when the shell has ended."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    ends = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(first)
+            handler = signal.getsignal(signal.SIGHUP)
+            assert handler not in (signal.SIG_DFL, signal.SIG_IGN)
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.name == first.name
+            assert signal.getsignal(signal.SIGTERM) is ends
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def terminal() -> Iterator[None]:
     """Ctrl-C as it is in a terminal: it is ignored in what a shell started in the background."""
