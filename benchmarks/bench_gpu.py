@@ -8,9 +8,9 @@ parameters; MiB held between the two. Contenders take turns within each round, m
 results/bench_gpu.json, where shapes that are not measured again stay as they are. A peer that is
 not installed is left out, and the table says so; how to install them stands in ``peers.py``.
 
-This library runs with torch and Triton alone, and once more with QuACK where that is installed.
-SonicMoE and Liger-Kernel measure candidates when a shape is new, for minutes. Without ``--tune``
-the first gets the one tile that it chose most often on an H200, the other its own fixed one.
+This library runs with torch and Triton alone. SonicMoE and Liger-Kernel measure candidates when a
+shape is new, for minutes. Without ``--tune`` the first gets the one tile that it chose most often
+on an H200, the other its own fixed one.
 """
 
 import argparse
@@ -39,11 +39,9 @@ from peers import PEERS
 from record import RESULTS, load_if_there, save, stamps_of
 from torch import Tensor, nn
 
-from expertmesh.kernels.moe_mlp.quack import QUACK_MISSING
-
 NAME = "bench_gpu"
 BY_SHAPE = ("shapes", "median_ms", "saved_mib", "missing")
-OURS, WITH_QUACK = "expertmesh", "expertmesh with QuACK"
+OURS = "expertmesh"
 BMM = "cuBLAS bmm, GEMMs alone"
 
 
@@ -136,10 +134,6 @@ def contenders(
     """Layers by name, and why others are not among them."""
     modules: dict[str, nn.Module] = {OURS: InSequences(make_layer(shape, "triton"))}
     missing = {}
-    if QUACK_MISSING is None:
-        modules[WITH_QUACK] = InSequences(make_layer(shape, "quack"))
-    else:
-        missing[WITH_QUACK] = QUACK_MISSING
     for peer in arguments.peers:
         try:
             modules[peer] = PEERS[peer](shape, tune=arguments.tune)

@@ -17,6 +17,7 @@ included.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from expertmesh.routing import router_preset
 
 BF16 = torch.bfloat16
 SEQUENCE = 4096
+RUN_IN_MS = 60
+COUNTED = 3
 
 Step = Callable[[], object]
 
@@ -231,26 +234,29 @@ def run_all(steps: list[Step]) -> Step:
 
 
 def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Milliseconds by step; steps take turns, and the first three rounds are not counted.
+    """Milliseconds by step; steps take turns, and the first two rounds are not counted.
 
-    Each counted run is queued behind an uncounted one of the same step, as steps of training are:
-    what the host needs to launch shows where it takes longer than the device, not otherwise. Every
-    second round goes backwards: a GPU at its limit of power is slower behind whoever draws most.
+    In its turn a step is first repeated for ``RUN_IN_MS``, as steps of training are, and then timed
+    ``COUNTED`` times in a row. A GPU at its limit of power follows with its clock what it has just
+    computed: so nobody is timed at the clock that another left behind. What the host needs to
+    launch shows where it takes longer than the device, not otherwise.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 3):
-        events = {}
-        order = list(steps.items())
-        for name, run in order if number % 2 else reversed(order):
-            events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            run()
-            events[name][0].record()
-            run()
-            events[name][1].record()
-        torch.cuda.synchronize()
-        if number >= 3:
-            for name, (start, stop) in events.items():
-                times[name].append(start.elapsed_time(stop))
+    runs_in = dict.fromkeys(steps, 1)
+    for number in range(rounds + 2):
+        for name, run in steps.items():
+            for _ in range(runs_in[name]):
+                run()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(COUNTED):
+                run()
+            stop.record()
+            torch.cuda.synchronize()
+            ms = start.elapsed_time(stop) / COUNTED
+            runs_in[name] = max(1, math.ceil(RUN_IN_MS / ms))
+            if number >= 2:
+                times[name].append(ms)
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from expertmesh.kernels.layout import Layout, make_layout
 from expertmesh.kernels.moe_mlp.fused import launch
-from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Quack, Tile, Turns
+from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Gather, Quack, Tile, Turns
 from expertmesh.kernels.moe_mlp.quack import QUACK_MISSING
 
 WIDE = Tile(columns=256, depth=64, warps=8, stages=3)
@@ -32,7 +32,7 @@ TALL = replace(WIDE, rows=256, columns=128)
 PAIR = replace(WIDE, columns=128, per_sm=2)
 """Two programs on a multiprocessor: one's stores overlap the other's products."""
 
-Candidate = Tile | Turns | Quack | None
+Candidate = Tile | Turns | Gather | Quack | None
 Times = dict[str, dict[str, dict[str, float]]]
 """Milliseconds by shape, product and tile."""
 
@@ -56,14 +56,13 @@ CANDIDATES: dict[str, list[Candidate]] = {
         replace(PAIR, chunks=4, registers=128, group=4),
         Turns(),
         Turns(group=2),
+        Turns(gather=True),
     ],
     "dweight": [
         None,
-        replace(TALL, stages=5),
-        replace(TALL, stages=5, group=4),
         replace(TALL, stages=5, group=2),
-        replace(TALL, stages=7),
-        replace(PAIR, warps=4, stages=5, group=4),
+        Gather(),
+        Gather(gathered=256, grouped=128),
     ],
     "copied": [None],
     "quack": [Quack(), Quack(columns=192, pingpong=True), Quack(rows=256, columns=128)],
@@ -122,7 +121,8 @@ def steps(buffers: Buffers) -> dict[str, tuple[str, int, Callable[[Any], object]
     copied = launch.spread(x, layout)
 
     def dhidden(tile: Tile | Turns) -> object:
-        copy = launch.spread(x, layout) if isinstance(tile, Turns) else None
+        copied = isinstance(tile, Turns) and not tile.gather
+        copy = launch.spread(x, layout) if copied else None
         return launch.hidden_gradient(x, down, weight, pre, layout, "silu", tile, dy_ND=copy)
 
     ddown = partial(launch.weight_gradient, hidden, x, layout, shape.K, down, flipped=True)
@@ -150,7 +150,9 @@ def describe(tile: Candidate) -> str:
     if tile is None:
         return "grouped_mm"
     if isinstance(tile, Turns):
-        return f"turns-s{tile.stages}-g{tile.group}"
+        return f"turns-s{tile.stages}-g{tile.group}" + ("-gather" if tile.gather else "")
+    if isinstance(tile, Gather):
+        return f"gather-{tile.gathered}x{tile.grouped}-g{tile.group}"
     if isinstance(tile, Quack):
         return f"quack-{tile.rows}x{tile.columns}" + ("-pingpong" if tile.pingpong else "")
     words = [f"{tile.rows}x{tile.columns}x{tile.depth}", f"w{tile.warps}", f"s{tile.stages}"]
@@ -217,27 +219,35 @@ def fastest(
 
 
 def _together(times: dict[str, dict[str, float]]) -> dict[str, Candidate]:
-    """Both gradients behind the down projection, if everything that decides has been measured."""
-    turns = [tile for tile in CANDIDATES["dhidden"] if isinstance(tile, Turns)]
-    tiles = [tile for tile in CANDIDATES["dhidden"] if not isinstance(tile, Turns)]
-    by_turns = fastest(times.get("dhidden", {}), turns)
-    gathering = fastest(times.get("dhidden", {}), tiles)
+    """Both gradients behind the down projection, if everything that decides has been measured.
+
+    By turns that do not gather, the first copies the output's gradient, and the second may use it.
+    """
+    gathers = {tile: not isinstance(tile, Turns) or tile.gather for tile in CANDIDATES["dhidden"]}
+    found = times.get("dhidden", {})
+    copying = fastest(found, [tile for tile, gathering in gathers.items() if not gathering])
+    gathering = fastest(found, [tile for tile, gathering in gathers.items() if gathering])
     copied = fastest(times.get("ddown, copied", {}), CANDIDATES["copied"])
     alone = fastest(times.get("ddown", {}), CANDIDATES["dweight"])
-    if by_turns is None or gathering is None or copied is None or alone is None:
+    if copying is None or gathering is None or copied is None or alone is None:
         return {}
-    if by_turns[1] + copied[1] < gathering[1] + alone[1]:
-        return {"dhidden": by_turns[0], "ddown": None}
-    return {"dhidden": gathering[0], "ddown": alone[0]}
+    pairs = [(copying, copied), (copying, alone), (gathering, alone)]
+    dhidden, ddown = min(pairs, key=lambda pair: pair[0][1] + pair[1][1])
+    return {"dhidden": dhidden[0], "ddown": ddown[0]}
 
 
-def _fields(tile: Tile | Turns) -> dict[str, Any]:
+def _fields(tile: Tile | Turns | Gather) -> dict[str, Any]:
     """Those that differ from the usual."""
+    if isinstance(tile, Tile):
+        return _unusual(tile, Tile(columns=0, depth=0, warps=0, stages=0))
     if isinstance(tile, Turns):
-        usual = asdict(Turns())
-        return {"turns": {name: v for name, v in asdict(tile).items() if v != usual[name]}}
-    usual = asdict(Tile(columns=0, depth=0, warps=0, stages=0))
-    return {name: value for name, value in asdict(tile).items() if value != usual[name]}
+        return {"turns": _unusual(tile, Turns())}
+    return {"gather": _unusual(tile, Gather())}
+
+
+def _unusual(tile: Any, usual: Any) -> dict[str, Any]:
+    before = asdict(usual)
+    return {name: value for name, value in asdict(tile).items() if value != before[name]}
 
 
 def table(plans: dict[str, dict[str, Any]], device: str) -> str:

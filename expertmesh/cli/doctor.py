@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from expertmesh.kernels.backends import Problem
-    from expertmesh.kernels.moe_mlp.fused.plan import Quack, Tile, Turns
+    from expertmesh.kernels.moe_mlp.fused.plan import Gather, Quack, Tile, Turns
 
 HELP = "show what is installed, which backends run here, and what auto picks"
 
@@ -163,12 +163,16 @@ def _products() -> "Table":
     return table
 
 
-def _kernel(tile: "Tile | Turns | Quack | None") -> str:
-    from expertmesh.kernels.moe_mlp.fused.plan import Quack, Turns
+def _kernel(tile: "Tile | Turns | Gather | Quack | None") -> str:
+    from expertmesh.kernels.moe_mlp.fused.plan import Gather, Quack, Turns
 
     if tile is None:
         return "torch's grouped_mm over a copy of the rows by position"
-    languages = {Turns: "Gluon, two warpgroups by turns", Quack: "QuACK"}
+    if isinstance(tile, Gather):
+        cut = f"{tile.grouped} x {tile.gathered} x {tile.depth}"
+        return f"Gluon, warps that gather rows, tiles of {cut}"
+    gathering = ", others gather rows" if isinstance(tile, Turns) and tile.gather else ""
+    languages = {Turns: f"Gluon, two warpgroups by turns{gathering}", Quack: "QuACK"}
     language = languages.get(type(tile), "Triton")
     return f"{language}, tiles of {tile.rows} x {tile.columns} x {tile.depth}"
 

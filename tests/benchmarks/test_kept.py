@@ -54,12 +54,15 @@ def test_the_two_gradients_that_may_share_a_copy(script):
     alone = tune.describe(tune.CANDIDATES["dweight"][1])
     times = {
         "dhidden": {gathering: 3.0, turns: 2.0},
-        "ddown": {alone: 2.0},
+        "ddown": {alone: 2.6},
         "ddown, copied": {"grouped_mm": 2.5},
     }
     assert "turns" in tune.best(times)["dhidden"]
     assert tune.best(times)["ddown"] is None
-    times["ddown, copied"]["grouped_mm"] = 3.5
+    times["ddown, copied"]["grouped_mm"] = 2.7
+    assert "turns" in tune.best(times)["dhidden"]
+    assert tune.best(times)["ddown"]["stages"] == 5
+    times["dhidden"][gathering] = 1.9
     chosen = tune.best(times)
     assert "turns" not in chosen["dhidden"]
     assert chosen["ddown"]["stages"] == 5

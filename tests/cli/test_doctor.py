@@ -82,6 +82,8 @@ def test_on_hopper_every_product_is_named(
     assert kernel["up"].startswith("Triton, tiles of 128 x 256 x 64")
     for product in ("down", "dhidden", "dx"):
         assert kernel[product].startswith("Gluon, two warpgroups by turns, tiles of 128 x 128 x 64")
+    for product in ("dup", "ddown"):
+        assert kernel[product] == "Gluon, warps that gather rows, tiles of 256 x 128 x 64"
     assert "Gluon kernels   │ used where they are faster" in text
     assert kernel["QuACK's kernels"].startswith("not used: quack-kernels is not installed; run:")
     assert "its kernels are for GPUs" not in text
@@ -91,10 +93,12 @@ def test_quack_is_named_where_it_is_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quack, "QUACK_MISSING", None)
-    text = on_gpu(capsys, monkeypatch, (9, 0), "3.6.0")
+    text = on_gpu(capsys, monkeypatch, (9, 0), "3.7.1")
     kernel = {words[1]: words[2] for words in map(cells, text.splitlines()) if words}
     assert kernel["QuACK's kernels"] == "used where they are faster"
     assert kernel["dup"].startswith("QuACK, tiles of 128 x 256 x 64")
+    text = on_gpu(capsys, monkeypatch, (9, 0), "3.6.0")
+    assert "QuACK, tiles" not in text, "Gluon's are as fast"
 
 
 def test_another_triton_runs_without_gluon_and_says_so(

@@ -1,13 +1,15 @@
 """The fused kernels on a GPU: gradients, odd shapes, shipped plans, graphs, large offsets."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from expertmesh.kernels.layout import make_layout
 from expertmesh.kernels.moe_mlp import moe_mlp
-from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED
+from expertmesh.kernels.moe_mlp.fused import launch
+from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Gather
 from expertmesh.testing import assert_close
 from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run
 
@@ -84,6 +86,56 @@ def test_by_turns(gated: bool, dtype: torch.dtype) -> None:
     case.expert[5, 0] = 3
     case.expert[case.expert == 5] = 4
     assert_equal_to_reference(case.to(device="cuda"), "triton", TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("dim", "hidden", "k"), [(128, 128, 3), (384, 256, 6), (256, 384, 1)])
+def test_rows_gathered_on_the_way(
+    dim: int, hidden: int, k: int, gated: bool, dtype: torch.dtype
+) -> None:
+    """Narrow experts; of many rows, of one and of none, and sentinels."""
+    case = make_case(1300, dim, hidden, 7, k, bias=False, gated=gated, dtype=dtype, sentinels=0.1)
+    case.expert[case.expert == 3] = 0
+    case.expert[5, 0] = 3
+    case.expert[case.expert == 5] = 4
+    assert_equal_to_reference(case.to(device="cuda"), "triton", TOLERANCE[dtype])
+
+
+def test_gathered_rows_have_the_same_bits_every_time() -> None:
+    case = cuda_case(torch.bfloat16, rows=5000, dim=512, hidden=256, num_experts=9, k=4)
+    first, second = run(case, "triton"), run(case, "triton")
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("flipped", [True, False])
+@pytest.mark.parametrize("tile", [Gather(), Gather(gathered=256, grouped=128, group=2)])
+def test_sums_over_gathered_rows(tile: Gather, flipped: bool) -> None:
+    """Widths that leave a part of the tile empty; each expert's sum against float64."""
+    rows, dim, hidden, num_experts, k = 2000, 512, 192, 5, 3
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=g)
+
+    expert = torch.randint(0, num_experts + 1, (rows, k), device="cuda", generator=g)
+    expert[expert == 2] = 0
+    layout = make_layout(expert, num_experts, 128)
+    ends = layout.offset_E1.tolist()
+    x, parts = normal(rows, dim), 1 if flipped else 2
+    grouped = normal(rows * k, parts * hidden)
+    grouped[ends[-1] :] = 0
+    shape = (num_experts, dim, hidden) if flipped else (num_experts, parts, hidden, dim)
+    like = normal(*shape)
+    found = launch.weight_gradient(grouped, x, layout, k, like, tile, flipped=flipped)
+    for e, (start, stop) in enumerate(pairwise(ends)):
+        left = grouped[start:stop].double().T
+        right = x[layout.order_N[start:stop].long() // k].double()
+        wanted = right.T @ left.T if flipped else (left @ right).view(like.shape[1:])
+        assert_close(f"expert {e}", found[e].double(), wanted, 1e-2)
+        if start == stop:
+            assert not found[e].any()
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu2"])

@@ -10,11 +10,12 @@ import torch
 from expertmesh.kernels.moe_mlp.fused import plan
 from expertmesh.kernels.moe_mlp.fused.plan import (
     SHIPPED,
+    Gather,
     Plan,
     Turns,
-    by_turns,
     default_plan,
     plan_for,
+    specialised,
 )
 
 SHARED_MEMORY = 227 * 1024
@@ -55,9 +56,7 @@ def test_shipped_plans_replace_the_rule(dim: int, hidden: int) -> None:
         assert getattr(chosen, product) == plan._tile(fields)
     rule = default_plan(torch.bfloat16, 128, dim=dim, hidden=hidden, parts=2)
     assert plan_on("another", torch.bfloat16, 4096, dim, hidden, turns=False) == rule
-    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == by_turns(
-        rule, torch.bfloat16, hidden
-    )
+    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == specialised(rule, hidden)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +69,27 @@ def test_shipped_plans_replace_the_rule(dim: int, hidden: int) -> None:
         (torch.float32, 4096, 2048, 1024, {}),
     ],
 )
-def test_no_turns_where_they_do_not_run(
+def test_no_specialised_warps_where_they_do_not_run(
     dtype: torch.dtype, rows: int, dim: int, hidden: int, able: dict[str, bool]
 ) -> None:
     chosen = plan_on(TABLE["device"], dtype, rows, dim, hidden, **able)
-    assert not any(isinstance(tile, Turns) for tile in vars(chosen).values())
+    assert not any(isinstance(tile, Turns | Gather) for tile in vars(chosen).values())
     assert isinstance(plan_on("another", torch.float16, 4096, 256, 512).dhidden, Turns)
+
+
+@pytest.mark.parametrize(("hidden", "narrow"), [(384, True), (512, False)])
+def test_rows_of_narrow_experts_are_gathered_on_the_way(hidden: int, narrow: bool) -> None:
+    chosen = plan_on("another", torch.bfloat16, 4096, 256, hidden)
+    assert chosen.dhidden == Turns(gather=narrow)
+    assert chosen.dup == chosen.ddown == Gather()
+
+
+def test_what_a_shipped_gather_gathers_is_cut_evenly() -> None:
+    for name, products in TABLE["plans"].items():
+        for product in ("dup", "ddown"):
+            tile = plan._tile(products[product])
+            if isinstance(tile, Gather):
+                assert int(name.split("x")[0]) % tile.gathered == 0
 
 
 def test_few_rows_take_low_tiles() -> None:
@@ -90,6 +104,7 @@ def test_tiles_fit_shared_memory(dtype: torch.dtype, parts: int, dim: int, hidde
     for rows in (64, 128):
         chosen = default_plan(dtype, rows, dim=dim, hidden=hidden, parts=parts)
         assert 2 * Turns.rows * Turns.depth * 2 * Turns.stages <= SHARED_MEMORY
+        assert (256 + 128) * Gather.depth * 2 * Gather.stages <= SHARED_MEMORY
         for product in ("up", "down", "dhidden", "dx", "dup", "ddown"):
             tile = getattr(chosen, product)
             if tile is None:

@@ -4,8 +4,15 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from expertmesh.kernels.moe_mlp.fused import activations
+from expertmesh.kernels.moe_mlp.fused.gathering import (
+    ARRIVALS,
+    GATHERING_WARPS,
+    bring,
+    gathering_layout,
+)
 from expertmesh.kernels.moe_mlp.fused.turns import (
     CHUNK,
     chunk_layout,
@@ -24,7 +31,7 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def dhidden_turns_kernel(
-    dy_desc,
+    dy,
     down_desc,
     combine_ptr,
     order_ptr,
@@ -41,33 +48,109 @@ def dhidden_turns_kernel(
     HIDDEN: gl.constexpr,
     PARTS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    CHOICES: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """As ``dhidden_kernel``, of grouped rows: a gather by threads is too slow to be fetched ahead.
+    """As ``dhidden_kernel``.
 
-    ``dy_desc``: ``(N, D)``. ``down_desc``: ``(E D, F)``.
+    ``dy``: a pointer to ``(R, D)`` by token, gathered on the way; or with ``CHOICES`` of 0 a
+    descriptor of grouped rows, ``(N, D)``, in blocks of ``ROWS``. ``down_desc``: ``(E D, F)``.
     """
-    ring = make_ring(dy_desc, down_desc, STAGES)
+    GATHERED: gl.constexpr = CHOICES > 0
+    DEPTH: gl.constexpr = down_desc.block_type.shape[0]
+    ring = make_ring(down_desc, ROWS, DEPTH, STAGES, ARRIVALS if GATHERED else 1)
     num_rows = gl.load(num_tiles_ptr)
     num_valid = gl.load(offset_ptr + NUM_EXPERTS)
     tables = (order_ptr, tile_ptr, num_rows, num_valid, num_assignments)
     outputs = (pre_ptr, dpre_ptr, hidden_ptr, share_ptr)
-    gl.warp_specialize(
-        [
-            (
-                _multiply,
-                (combine_ptr, tables, outputs, ring, WIDTH, HIDDEN, PARTS, ACTIVATION, GROUP, 0),
-            ),
-            (
-                _multiply,
-                (combine_ptr, tables, outputs, ring, WIDTH, HIDDEN, PARTS, ACTIVATION, GROUP, 1),
-            ),
-            (fetch, (dy_desc, down_desc, tile_ptr, num_rows, ring, WIDTH, HIDDEN, False, GROUP)),
-        ],
-        [4, 1],
-        [232, 40],
-    )
+    fixed: gl.constexpr = (WIDTH, HIDDEN, PARTS, ACTIVATION, GATHERED, GROUP)
+    if GATHERED:
+        gl.warp_specialize(
+            [
+                (_multiply, (combine_ptr, tables, outputs, ring, fixed, 0)),
+                (_multiply, (combine_ptr, tables, outputs, ring, fixed, 1)),
+                (_gather, (dy, order_ptr, tile_ptr, num_rows, ring, CHOICES, WIDTH, HIDDEN, GROUP)),
+                (_fetch_weight, (down_desc, tile_ptr, num_rows, ring, WIDTH, HIDDEN, GROUP)),
+            ],
+            [4, GATHERING_WARPS, 1],
+            [208, 72, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (combine_ptr, tables, outputs, ring, fixed, 0)),
+                (_multiply, (combine_ptr, tables, outputs, ring, fixed, 1)),
+                (fetch, (dy, down_desc, tile_ptr, num_rows, ring, WIDTH, HIDDEN, False, GROUP)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+
+
+@gluon.jit
+def _gather(
+    dy_ptr,
+    order_ptr,
+    tile_ptr,
+    num_rows,
+    ring,
+    CHOICES: gl.constexpr,
+    WIDTH: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Rows by token of every tile, step by step; behind the expert's its last again."""
+    rows_smem, weight_smem, empty, full, _turns = ring
+    STAGES: gl.constexpr = rows_smem.shape[0]
+    ROWS: gl.constexpr = rows_smem.shape[1]
+    DEPTH: gl.constexpr = rows_smem.shape[2]
+    num_columns: gl.constexpr = HIDDEN // weight_smem.shape[2]
+    layout: gl.constexpr = gathering_layout(DEPTH)
+    line = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    unit = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, layout))
+    step = 0
+    for index in range(gl.program_id(0), num_rows * num_columns, gl.num_programs(0)):
+        row, _column = grouped_order(index, num_rows, num_columns, GROUP)
+        _expert, start, stop = row_tile(tile_ptr, row)
+        token = gl.load(order_ptr + gl.minimum(start + line, stop - 1)) // CHOICES
+        source_ptrs = dy_ptr + (token.to(gl.int64) * WIDTH)[:, None] + unit[None, :]
+        for begin in range(0, WIDTH, DEPTH):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            bring(source_ptrs + begin, None, rows_smem.index(stage), full.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _fetch_weight(
+    down_desc,
+    tile_ptr,
+    num_rows,
+    ring,
+    WIDTH: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """The other operand of every tile."""
+    _rows, weight_smem, empty, full, _turns = ring
+    STAGES: gl.constexpr = weight_smem.shape[0]
+    DEPTH: gl.constexpr = weight_smem.shape[1]
+    COLUMNS: gl.constexpr = weight_smem.shape[2]
+    num_columns: gl.constexpr = HIDDEN // COLUMNS
+    step = 0
+    for index in range(gl.program_id(0), num_rows * num_columns, gl.num_programs(0)):
+        row, column = grouped_order(index, num_rows, num_columns, GROUP)
+        expert, _start, _stop = row_tile(tile_ptr, row)
+        for begin in range(0, WIDTH, DEPTH):
+            stage = step % STAGES
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(ready, down_desc.block_type.nbytes)
+            corner = [expert * WIDTH + begin, column * COLUMNS]
+            tma.async_copy_global_to_shared(down_desc, corner, ready, weight_smem.index(stage))
+            step += 1
 
 
 @gluon.jit
@@ -76,13 +159,15 @@ def _multiply(
     tables,
     outputs,
     ring,
-    WIDTH: gl.constexpr,
-    HIDDEN: gl.constexpr,
-    PARTS: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    GROUP: gl.constexpr,
+    FIXED: gl.constexpr,
     TURN: gl.constexpr,
 ):
+    WIDTH: gl.constexpr = FIXED[0]
+    HIDDEN: gl.constexpr = FIXED[1]
+    PARTS: gl.constexpr = FIXED[2]
+    ACTIVATION: gl.constexpr = FIXED[3]
+    GATHERED: gl.constexpr = FIXED[4]
+    GROUP: gl.constexpr = FIXED[5]
     order_ptr, tile_ptr, num_rows, num_valid, num_assignments = tables
     pre_ptr, dpre_ptr, hidden_ptr, share_ptr = outputs
     ROWS: gl.constexpr = ring[0].shape[1]
@@ -103,7 +188,7 @@ def _multiply(
         upper_weight = _weights(combine_ptr, order_ptr, upper, stop)
         lower_weight = _weights(combine_ptr, order_ptr, lower, stop)
         gate, linear = _load(pre_ptr, line, start, stop, column * COLUMNS, layout, HIDDEN, PARTS)
-        sides = halves(product(ring, tile, WIDTH // DEPTH, False, TURN))
+        sides = halves(product(ring, tile, WIDTH // DEPTH, False, GATHERED, TURN))
         tile += 2
         for side in gl.static_range(2):
             top = start + side * 64

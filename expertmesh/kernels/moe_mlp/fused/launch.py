@@ -10,7 +10,7 @@ from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.layout import Layout
 from expertmesh.kernels.moe_mlp.fused.dhidden import dhidden_kernel
 from expertmesh.kernels.moe_mlp.fused.dweight import dweight_kernel
-from expertmesh.kernels.moe_mlp.fused.plan import Quack, Tile, Turns
+from expertmesh.kernels.moe_mlp.fused.plan import Gather, Quack, Tile, Turns
 from expertmesh.kernels.moe_mlp.fused.rows import rows_kernel
 from expertmesh.kernels.moe_mlp.fused.sums import (
     expert_sum_kernel,
@@ -129,15 +129,16 @@ def hidden_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the pre-activation, weighted hidden units, shares of the weights' gradient.
 
-    ``dy_ND`` holds the grouped rows of ``dy_RD``, which ``Turns`` read.
+    ``dy_ND`` holds the grouped rows of ``dy_RD``, which ``Turns`` read that do not gather.
     """
     if isinstance(tile, Turns):
         from expertmesh.kernels.moe_mlp.fused import launch_turns
 
         num_sms = _num_sms(dy_RD.device)
-        assert dy_ND is not None
+        dy = dy_RD if tile.gather else dy_ND
+        assert dy is not None
         return launch_turns.hidden_gradient(
-            dy_ND, down_EDF, weight_RK, pre_NH, layout, activation, tile, num_sms
+            dy, down_EDF, weight_RK, pre_NH, layout, activation, tile, num_sms
         )
     num_experts, dim, hidden = down_EDF.shape
     num_assignments = pre_NH.shape[0]
@@ -183,7 +184,7 @@ def weight_gradient(
     layout: Layout,
     choices: int,
     like: Tensor,
-    tile: Tile | Quack | None,
+    tile: Tile | Gather | Quack | None,
     *,
     flipped: bool,
     gathered_NO: Tensor | None = None,
@@ -196,7 +197,7 @@ def weight_gradient(
         layout: Where the experts' rows lie.
         choices: K.
         like: The matrices, ``(E, P, H / P, O)``, or if ``flipped`` ``(E, O, H)``; a ``Tile``
-            takes any strides.
+            and ``Gather`` take any strides.
         tile: None for torch's ``grouped_mm`` over a copy of the rows by position.
         flipped: How the matrices stand.
         gathered_NO: The copy by position, if there is one already.
@@ -210,6 +211,13 @@ def weight_gradient(
         left, right = (gathered_NO, rows_NH) if flipped else (rows_NH, gathered_NO)
         grouped_mm = torch.nn.functional.grouped_mm
         return grouped_mm(left.t(), right, offs=layout.offset_E1[1:]).view(like.shape)
+    if isinstance(tile, Gather):
+        from expertmesh.kernels.moe_mlp.fused import launch_gather
+
+        num_sms = _num_sms(rows_NH.device)
+        return launch_gather.weight_gradient(
+            rows_NH, by_token_RO, layout, choices, like, tile, num_sms, flipped=flipped
+        )
     if isinstance(tile, Quack):
         from expertmesh.kernels.moe_mlp.fused import launch_quack
 

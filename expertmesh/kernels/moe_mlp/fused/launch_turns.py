@@ -14,8 +14,8 @@ from expertmesh.kernels.moe_mlp.fused.plan import Turns
 from expertmesh.kernels.moe_mlp.fused.turns import rows_turns_kernel
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_WARPS, _REGISTERS = 4, 168
-"""Of a warpgroup; per thread when three of them start, before they trade."""
+WARPS, REGISTERS, REGISTERS_OF_FOUR = 4, 168, 128
+"""Of a warpgroup; per thread when three or four of them start, before they trade."""
 
 
 def multiply_rows(
@@ -28,8 +28,8 @@ def multiply_rows(
     cut = [turns.columns, turns.depth] if transposed else [turns.depth, turns.columns]
     out_NO = rows_NI.new_empty(rows_NI.shape[0], outer)
     rows_turns_kernel[(num_sms,)](
-        _descriptor(rows_NI, [turns.rows, turns.depth]),
-        _descriptor(weight.view(-1, weight.shape[-1]), cut),
+        descriptor(rows_NI, [turns.rows, turns.depth]),
+        descriptor(weight.view(-1, weight.shape[-1]), cut),
         layout.tile_P3,
         layout.num_tiles_1,
         out_NO,
@@ -38,14 +38,14 @@ def multiply_rows(
         transposed,
         turns.stages,
         turns.group,
-        num_warps=_WARPS,
-        maxnreg=_REGISTERS,
+        num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return out_NO
 
 
 def hidden_gradient(
-    dy_ND: Tensor,
+    dy: Tensor,
     down_EDF: Tensor,
     weight_RK: Tensor,
     pre_NH: Tensor,
@@ -54,7 +54,7 @@ def hidden_gradient(
     turns: Turns,
     num_sms: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``launch.hidden_gradient``, of grouped rows."""
+    """As ``launch.hidden_gradient``, of rows by token if they are gathered, else grouped."""
     num_experts, dim, hidden = down_EDF.shape
     num_assignments = pre_NH.shape[0]
     dpre_NH = torch.empty_like(pre_NH)
@@ -62,8 +62,8 @@ def hidden_gradient(
     blocks = ceil_div(hidden, turns.columns)
     share_NB = pre_NH.new_empty(num_assignments, blocks, dtype=torch.float32)
     dhidden_turns_kernel[(num_sms,)](
-        _descriptor(dy_ND, [turns.rows, turns.depth]),
-        _descriptor(down_EDF.view(-1, hidden), [turns.depth, turns.columns]),
+        dy if turns.gather else descriptor(dy, [turns.rows, turns.depth]),
+        descriptor(down_EDF.view(-1, hidden), [turns.depth, turns.columns]),
         weight_RK,
         layout.order_N,
         layout.offset_E1,
@@ -79,15 +79,18 @@ def hidden_gradient(
         hidden,
         pre_NH.shape[1] // hidden,
         activation,
+        weight_RK.shape[1] if turns.gather else 0,
+        turns.rows,
         turns.stages,
         turns.group,
-        num_warps=_WARPS,
-        maxnreg=_REGISTERS,
+        num_warps=WARPS,
+        maxnreg=REGISTERS_OF_FOUR if turns.gather else REGISTERS,
     )
     return dpre_NH, hidden_NF, share_NB
 
 
-def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """Of 16-bit numbers, as the copy engine swizzles them for the tensor cores."""
     return TensorDescriptor.from_tensor(matrix, block, _layout(*block, matrix.dtype))
 
 

@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).with_name("h200.json")
 _MANY_ROWS = 64  # per expert; below, tiles of 128 rows are mostly empty
 _WIDE_SUM = 2048  # columns from which a copy by position costs less than gathering in the product
 _WIDE_TURNS = 512  # hidden units from which a copy of the output's gradient pays
-_GLUON = "3.6."  # whose language the kernels by turns are written in; it is not stable yet
+_GLUON = "3.6."  # whose language the specialised kernels are written in; it is not stable yet
 _MOST_GROUPS = 1024  # where grouped_mm leaves its fast path
 
 
@@ -60,6 +60,8 @@ class Turns:
     Attributes:
         group: Row tiles that sweep the columns together.
         stages: Steps in flight.
+        gather: Whether further warps gather the rows by token; else they lie grouped in memory.
+            For the pre-activation's gradient, which needs a copy otherwise.
         columns: Columns of the output tile; how it is finished is written for these.
         depth: Elements of the summed dim per step.
         rows: Rows of the output tile; likewise.
@@ -67,9 +69,29 @@ class Turns:
 
     group: int = 4
     stages: int = 6
+    gather: bool = False
     columns: ClassVar[int] = 128
     depth: ClassVar[int] = 64
     rows: ClassVar[int] = 128
+
+
+@dataclass(frozen=True)
+class Gather:
+    """How a gradient of matrices is cut whose rows by token are gathered by further warps (Gluon).
+
+    Attributes:
+        gathered: Width of the tile on the side of those rows.
+        grouped: Width on the side of the grouped rows. One is 128, the other 256.
+        group: Row tiles that sweep the columns together.
+        stages: Steps in flight.
+        depth: Elements of the summed dim per step.
+    """
+
+    gathered: int = 128
+    grouped: int = 256
+    group: int = 4
+    stages: ClassVar[int] = 4
+    depth: ClassVar[int] = 64
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,8 @@ class Quack:
 class Plan:
     """One tile for each product; None leaves it to ``torch.nn.functional.grouped_mm``.
 
-    A gradient of matrices that is left to it costs a copy of the rows by position; so does the
-    pre-activation's by turns, and the down projection's gradient then shares the copy.
+    A gradient of matrices that is left to it costs a copy of the rows by position. So does the
+    pre-activation's by turns that do not gather; the down projection's then shares the copy.
 
     Attributes:
         rows: Rows of a tile of grouped rows.
@@ -112,8 +134,8 @@ class Plan:
     down: Tile | Turns | None
     dhidden: Tile | Turns
     dx: Tile | Turns | None
-    dup: Tile | Quack | None
-    ddown: Tile | Quack | None
+    dup: Tile | Gather | Quack | None
+    ddown: Tile | Gather | Quack | None
 
 
 def plan_for(
@@ -146,11 +168,11 @@ def plan_for(
     refusal = turns_refusal(device, dtype, rows=rows, dim=dim, hidden=hidden, packed=packed)
     turns = refusal is None
     if turns:
-        plan = by_turns(plan, dtype, hidden)
+        plan = specialised(plan, hidden)
     if rows == 128 and dtype == torch.bfloat16 and parts == 2 and device.type == "cuda":
         measured = _shipped(_device_name(device.index)).get(f"{dim}x{hidden}", {})
         tiles: dict[str, Any] = {name: _tile(fields) for name, fields in measured.items()}
-        able = {name: t for name, t in tiles.items() if turns or not isinstance(t, Turns)}
+        able = {name: t for name, t in tiles.items() if turns or not isinstance(t, (Turns, Gather))}
         plan = replace(plan, **able)
     if num_experts >= _MOST_GROUPS:
         sums = default_plan(torch.float16, rows, dim=dim, hidden=hidden, parts=parts)
@@ -189,24 +211,24 @@ def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts:
     )
 
 
-def by_turns(plan: Plan, dtype: torch.dtype, hidden: int) -> Plan:
-    """The plan with turns where they won: on every shape measured, but for narrow experts.
+def specialised(plan: Plan, hidden: int) -> Plan:
+    """The plan with specialised warps where they won: in every product but the up projection.
 
-    Narrow experts have more rows to copy for each number that is computed from them.
+    The pre-activation's gradient of narrow experts gathers its rows on the way: they have more rows
+    to copy for each number that is computed from them. Of wide ones the copy is faster.
     """
-    plan = replace(plan, down=Turns(), dx=Turns())
-    if hidden >= _WIDE_TURNS:
-        ddown = None if dtype == torch.bfloat16 else plan.ddown
-        plan = replace(plan, dhidden=Turns(), ddown=ddown)
-    return plan
+    turns, gather = Turns(), Gather()
+    dhidden = Turns(gather=hidden < _WIDE_TURNS)
+    return replace(plan, down=turns, dhidden=dhidden, dx=turns, dup=gather, ddown=gather)
 
 
 def with_quack(plan: Plan) -> Plan:
-    """The plan with QuACK's products in the place of Triton's that gather rows.
+    """The plan with QuACK's products in the place of plain tiles that gather rows.
 
-    In bfloat16 those are the gradients of narrow experts' matrices, where QuACK won; of wide ones a
-    copy of the rows is small beside the product, and ``grouped_mm`` on it as fast. In float16,
-    which was not measured, they are all.
+    Where specialised warps serve, none is left, and they are as fast. Elsewhere, with another
+    Triton or widths that tiles do not divide, those are in bfloat16 the gradients of narrow
+    experts' matrices: of wide ones a copy of the rows is small beside the product, and
+    ``grouped_mm`` on it as fast. In float16, which was not measured, they are all.
     """
     dup = Quack() if isinstance(plan.dup, Tile) else plan.dup
     ddown = Quack() if isinstance(plan.ddown, Tile) else plan.ddown
@@ -270,7 +292,9 @@ def _shipped(device_name: str) -> dict[str, dict[str, Any]]:
     return known
 
 
-def _tile(fields: dict[str, Any] | None) -> Tile | Turns | None:
+def _tile(fields: dict[str, Any] | None) -> Tile | Turns | Gather | None:
     if fields is None:
         return None
-    return Turns(**fields["turns"]) if "turns" in fields else Tile(**fields)
+    if "turns" in fields:
+        return Turns(**fields["turns"])
+    return Gather(**fields["gather"]) if "gather" in fields else Tile(**fields)

@@ -104,8 +104,8 @@ def backward(
     wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = wanted
     num_experts, choices = down_EDF.shape[0], weight_RK.shape[1]
     dx = dweight = dup = ddown = dup_bias = ddown_bias = x_RD.new_empty(0)
-    by_turns = isinstance(plan.dhidden, Turns)
-    dy_ND = launch.spread(dy_RD, layout) if by_turns else None
+    copied = isinstance(plan.dhidden, Turns) and not plan.dhidden.gather
+    dy_ND = launch.spread(dy_RD, layout) if copied else None
     dpre_NH, hidden_NF, share_NB = launch.hidden_gradient(
         dy_RD, down_EDF, weight_RK, pre_NH, layout, activation, plan.dhidden, dy_ND=dy_ND
     )

@@ -10,6 +10,7 @@ costs no time of the tensor cores.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -64,11 +65,20 @@ def fetch(
 
 
 @gluon.jit
-def product(ring, tile, steps: gl.constexpr, TRANSPOSED: gl.constexpr, TURN: gl.constexpr):
+def product(
+    ring,
+    tile,
+    steps: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    GATHERED: gl.constexpr,
+    TURN: gl.constexpr,
+):
     """The product of this program's ``tile``, which is one of ``TURN``'s, in float32.
 
     A barrier tells only whether its last phase is over, so nobody may wait who is further behind:
     a warpgroup begins when the other has seen all steps of the tile before.
+
+    ``GATHERED``: whether threads copied the rows, which the tensor cores see behind a fence only.
     """
     rows_smem, weight_smem, empty, full, turns = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
@@ -81,6 +91,8 @@ def product(ring, tile, steps: gl.constexpr, TRANSPOSED: gl.constexpr, TURN: gl.
     for inner in range(steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
+        if GATHERED:
+            fence_async_shared()
         weight = weight_smem.index(stage)
         if TRANSPOSED:
             weight = weight.permute((1, 0))
@@ -95,53 +107,67 @@ def product(ring, tile, steps: gl.constexpr, TRANSPOSED: gl.constexpr, TURN: gl.
 
 
 @gluon.jit
-def halves(total):
-    """The upper and the lower 64 rows of a tile."""
-    upper, lower = total.reshape(2, 64, total.shape[1]).permute(1, 2, 0).split()
+def halves(tile):
+    """The upper and the lower rows."""
+    upper, lower = tile.reshape(2, tile.shape[0] // 2, tile.shape[1]).permute(1, 2, 0).split()
     return upper, lower
 
 
 @gluon.jit
+def sides(tile):
+    """The left and the right columns."""
+    left, right = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+    return left, right
+
+
+@gluon.jit
 def chunks(half):
-    """64 rows as four pieces of columns."""
-    PART: gl.constexpr = half.shape[1] // 4
-    left, right = half.reshape(64, 2, 2 * PART).permute(0, 2, 1).split()
-    a, b = left.reshape(64, 2, PART).permute(0, 2, 1).split()
-    c, d = right.reshape(64, 2, PART).permute(0, 2, 1).split()
+    """Four pieces of columns."""
+    left, right = sides(half)
+    a, b = sides(left)
+    c, d = sides(right)
     return a, b, c, d
 
 
 @gluon.constexpr_function
-def chunk_layout():
-    """64 x 32 numbers for one warpgroup: a thread has runs of eight out of two rows.
+def chunk_layout(warpgroups=1):
+    """64 x 32 numbers for each warpgroup: a thread has runs of eight out of two rows.
 
     Lanes exchange within their quad only, and a quad reads and writes 64 bytes of a row.
     """
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]],
         lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]][: 1 + warpgroups],
         block_bases=[],
-        shape=[64, 32],
+        shape=[64 * warpgroups, 32],
     )
 
 
 @gluon.jit
-def make_ring(rows_desc, weight_desc, STAGES: gl.constexpr):
-    """Shared memory of the ring and its barriers: empty, full, and whose turn it is."""
-    ROWS: gl.constexpr = rows_desc.block_type.shape[0]
-    DEPTH: gl.constexpr = rows_desc.block_type.shape[1]
+def make_ring(
+    weight_desc,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    ARRIVALS: gl.constexpr,
+):
+    """Shared memory of the ring and its barriers: empty, full, and whose turn it is.
+
+    ``ARRIVALS``: how many threads say that a step is full; one speaks for the copy engine.
+    """
     HIGH: gl.constexpr = weight_desc.block_type.shape[0]
     WIDE: gl.constexpr = weight_desc.block_type.shape[1]
-    dtype: gl.constexpr = rows_desc.dtype
-    rows_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], rows_desc.layout)
+    dtype: gl.constexpr = weight_desc.dtype
+    swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DEPTH], dtype)
+    rows_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], swizzled)
     weight_smem = gl.allocate_shared_memory(dtype, [STAGES, HIGH, WIDE], weight_desc.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(empty.index(stage), count=1)
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=ARRIVALS)
     for turn in gl.static_range(2):
         mbarrier.init(turns.index(turn), count=1)
     return rows_smem, weight_smem, empty, full, turns
@@ -169,16 +195,16 @@ def _multiply(
     tile = TURN
     first = gl.program_id(0) + TURN * gl.num_programs(0)
     for index in range(first, num_rows * num_columns, 2 * gl.num_programs(0)):
-        total = product(ring, tile, INNER // DEPTH, TRANSPOSED, TURN)
+        total = product(ring, tile, INNER // DEPTH, TRANSPOSED, False, TURN)
         tile += 2
         row, column = grouped_order(index, num_rows, num_columns, GROUP)
         _expert, start, stop = row_tile(tile_ptr, row)
-        sides = halves(total.to(out_ptr.dtype.element_ty))
-        for side in gl.static_range(2):
-            top = start + side * 64
+        parts = halves(total.to(out_ptr.dtype.element_ty))
+        for part in gl.static_range(2):
+            top = start + part * 64
             inside = (line < stop - top)[:, None] & (unit >= 0)[None, :]
             out_ptrs = out_ptr + (top.to(gl.int64) * OUTER + column * COLUMNS) + offset
-            pieces = chunks(sides[side])
+            pieces = chunks(parts[part])
             for piece in gl.static_range(4):
                 out = gl.convert_layout(pieces[piece], layout)
                 gl.store(out_ptrs + piece * CHUNK, out, mask=inside)
@@ -202,7 +228,9 @@ def rows_turns_kernel(
     ``weight_desc``: ``(E INNER, OUTER)``, or with ``TRANSPOSED`` ``(E OUTER, INNER)``; blocks
     divide both.
     """
-    ring = make_ring(rows_desc, weight_desc, STAGES)
+    ROWS: gl.constexpr = rows_desc.block_type.shape[0]
+    DEPTH: gl.constexpr = rows_desc.block_type.shape[1]
+    ring = make_ring(weight_desc, ROWS, DEPTH, STAGES, 1)
     num_rows = gl.load(num_tiles_ptr)
     gl.warp_specialize(
         [
