@@ -18,6 +18,7 @@ included.
 
 import argparse
 import math
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from expertmesh.routing import router_preset
 
 BF16 = torch.bfloat16
 SEQUENCE = 4096
-RUN_IN_MS = 60
+RUN_IN_MS = 100
 COUNTED = 3
 
 Step = Callable[[], object]
@@ -238,13 +239,18 @@ def medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
     In its turn a step is first repeated for ``RUN_IN_MS``, as steps of training are, and then timed
     ``COUNTED`` times in a row. A GPU at its limit of power follows with its clock what it has just
-    computed: so nobody is timed at the clock that another left behind. What the host needs to
-    launch shows where it takes longer than the device, not otherwise.
+    computed: so nobody is timed at the clock that another left behind, and every round has an order
+    of its own. What the host needs to launch shows where it takes longer than the device, not
+    otherwise.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     runs_in = dict.fromkeys(steps, 1)
+    shuffle = random.Random(0).shuffle
     for number in range(rounds + 2):
-        for name, run in steps.items():
+        order = list(steps)
+        shuffle(order)
+        for name in order:
+            run = steps[name]
             for _ in range(runs_in[name]):
                 run()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
