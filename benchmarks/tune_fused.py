@@ -56,7 +56,9 @@ CANDIDATES: dict[str, list[Candidate]] = {
         replace(PAIR, chunks=4, registers=128, group=4),
         Turns(),
         Turns(group=2),
+        Turns(group=2, ahead=True),
         Turns(gather=True),
+        Turns(gather=True, ahead=True),
     ],
     "dweight": [
         None,
@@ -150,7 +152,8 @@ def describe(tile: Candidate) -> str:
     if tile is None:
         return "grouped_mm"
     if isinstance(tile, Turns):
-        return f"turns-s{tile.stages}-g{tile.group}" + ("-gather" if tile.gather else "")
+        extras = [name for name in ("gather", "ahead") if getattr(tile, name)]
+        return "-".join(["turns", f"s{tile.stages}", f"g{tile.group}", *extras])
     if isinstance(tile, Gather):
         return f"gather-{tile.gathered}x{tile.grouped}-g{tile.group}"
     if isinstance(tile, Quack):

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.remembered import remembered
 
 
 def sum_choices(
@@ -38,6 +39,7 @@ def sum_choices(
     return out_RD
 
 
+@remembered
 @triton.jit
 def gather_sum_kernel(
     rows_ptr,

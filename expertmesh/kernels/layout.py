@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.remembered import remembered
 
 _BLOCKS = (128, 1024)  # assignments a program counts and sorts, if few and if many
 
@@ -119,6 +120,7 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
     return layout
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_assignments"])
 def _count(
     expert_ptr,
@@ -137,6 +139,7 @@ def _count(
     tl.store(count_ptr + block * BINS + tl.arange(0, BINS), count)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_blocks"])
 def _place(
     count_ptr,
@@ -177,6 +180,7 @@ def _place(
     tl.store(longest_ptr + bins, expert.to(tl.int32), mask=bins < num_experts)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_assignments"])
 def _scatter(
     expert_ptr,

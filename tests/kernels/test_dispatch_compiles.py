@@ -16,7 +16,8 @@ NARROW = {name: "*i32" for name in ("weight_ptr", "token_ptr", "choice_ptr", "va
 WIDE = {"expert_ptr": "*i64", "id_ptr": "*i64", "empty_ptr": "*u8"}
 
 
-def make(kernel, pointers, **fixed):
+def make(remembered, pointers, **fixed):
+    kernel = remembered.kernel
     types = SIZES | OTHERS | NARROW | WIDE | pointers
     signature = {
         name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names

@@ -24,7 +24,9 @@ def check(kernel, types, fixed, case):
 """
 
 LOGITS = """
-from expertmesh.kernels.router.logits import _few_logits_kernel as kernel
+from expertmesh.kernels.router.logits import _few_logits_kernel
+
+kernel = _few_logits_kernel.kernel
 
 for weight in ("*fp32", "*bf16"):
     for width in (1, 4, 20, 1536, 4096):
@@ -36,7 +38,9 @@ for weight in ("*fp32", "*bf16"):
 """
 
 COUNTERS = """
-from expertmesh.kernels.router.count import _one_program_kernel as kernel
+from expertmesh.kernels.router.count import _one_program_kernel
+
+kernel = _one_program_kernel.kernel
 
 words = ("chosen", "load", "load_total", "choices_total", "dropped_total", "tokens_total")
 floats = ("logits", "entropy_total", "max_logit")

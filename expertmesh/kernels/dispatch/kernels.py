@@ -13,6 +13,7 @@ from torch import Tensor
 from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.dispatch.reference import Places
 from expertmesh.kernels.layout import make_layout
+from expertmesh.kernels.remembered import remembered
 from expertmesh.kernels.triton_support import on_its_device
 
 _CELLS = 1024  # numbers that a program holds
@@ -103,6 +104,7 @@ def _owners(expert_ptrs, mask, NUM_LOCAL: tl.constexpr, EP: tl.constexpr):
     return tl.load(expert_ptrs, mask=mask, other=NUM_LOCAL * EP).to(tl.int32) // NUM_LOCAL
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_tokens"])
 def _ranks_kernel(
     expert_ptr,
@@ -128,6 +130,7 @@ def _ranks_kernel(
     tl.store(out_ptr + cell, out, mask=inside[:, None] & (rank < EP * ETP)[None, :])
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_tokens"])
 def _choices_kernel(
     expert_ptr,
@@ -157,6 +160,7 @@ def _choices_kernel(
         tl.store(out_ptr + cell * ETP + part, rank, mask=mask)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "sentinel"])
 def _pack_kernel(
     expert_ptr,
@@ -189,6 +193,7 @@ def _pack_kernel(
     tl.store(out_ptr + cell + K, weight, mask=mask)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "first", "num_local"])
 def _unpack_kernel(
     choice_ptr,
@@ -213,6 +218,7 @@ def _unpack_kernel(
     tl.store(weight_ptr + cell, tl.where(here, weight, 0), mask=mask)
 
 
+@remembered
 @triton.jit(do_not_specialize=["size", "num_local"])
 def _mask_kernel(value_ptr, id_ptr, out_ptr, size, num_local, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

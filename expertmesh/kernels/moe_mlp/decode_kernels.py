@@ -12,8 +12,10 @@ import triton.language as tl
 
 from expertmesh.kernels.dependent import wait
 from expertmesh.kernels.moe_mlp.fused.activations import activate
+from expertmesh.kernels.remembered import remembered
 
 
+@remembered
 @triton.jit
 def group_kernel(
     expert,
@@ -44,6 +46,7 @@ def group_kernel(
     tl.store(offsets + mine, tl.sum(lower.to(tl.int32), axis=1), mask=mine <= E)
 
 
+@remembered
 @triton.jit
 def up_rows_kernel(
     x,
@@ -149,6 +152,7 @@ def _store_hidden(
     tl.store(target, value.to(hidden.dtype.element_ty), mask=mask)
 
 
+@remembered
 @triton.jit
 def down_rows_kernel(
     hidden,
@@ -204,6 +208,7 @@ def _columns(row, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return weight
 
 
+@remembered
 @triton.jit
 def up_experts_kernel(
     x,
@@ -276,6 +281,7 @@ def up_experts_kernel(
         )
 
 
+@remembered
 @triton.jit
 def down_experts_kernel(
     hidden,
@@ -332,6 +338,7 @@ def down_experts_kernel(
         tl.store(target, out, mask=(position < end)[:, None] & (d < D)[None, :])
 
 
+@remembered
 @triton.jit
 def combine_kernel(
     partial,

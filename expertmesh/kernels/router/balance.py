@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.remembered import remembered
 
 _CELLS = 4096  # scores that a program holds
 _MOST_PARTS = 128  # programs for a group of tokens
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 
 
+@remembered
 @triton.jit
 def _sum_kernel(
     score,
@@ -53,6 +55,7 @@ def _sum_kernel(
     tl.store(count_GPE + part + bins, count, mask=bins < E)
 
 
+@remembered
 @triton.jit
 def _product_kernel(
     count_GPE,
@@ -73,6 +76,7 @@ def _product_kernel(
     tl.store(product_G + group, tl.sum(fraction * total, axis=0) / size)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_parts", "T"])
 def _total_kernel(
     count_PE,
@@ -113,6 +117,7 @@ def _add_parts(
     return count, total
 
 
+@remembered
 @triton.jit
 def _backward_kernel(
     score,

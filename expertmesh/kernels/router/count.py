@@ -9,6 +9,7 @@ from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.dependent import options, wait
+from expertmesh.kernels.remembered import remembered
 from expertmesh.kernels.router.cells import prefetch
 
 _CELLS = 4096  # logits that a program holds
@@ -16,6 +17,7 @@ _FEW_CELLS = 16384  # of them all, up to which one program does everything
 _ROWS = tl.constexpr(256)  # programs' counts that are added up at once
 
 
+@remembered
 @triton.jit
 def _one_program_kernel(
     logits,
@@ -67,6 +69,7 @@ def _one_program_kernel(
     tl.store(max_logit, tl.maximum(all_peak, peak))
 
 
+@remembered
 @triton.jit
 def _part_kernel(
     logits,
@@ -94,6 +97,7 @@ def _part_kernel(
     tl.store(value_P2 + block * 2 + 1, peak)
 
 
+@remembered
 @triton.jit
 def _add_kernel(
     count_P2B,

@@ -7,9 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.remembered import remembered
 from expertmesh.kernels.router.cells import TINY, counts, cut, gate_of, softmax, total_of
 
 
+@remembered
 @triton.jit
 def _gates_kernel(
     logits,
@@ -64,6 +66,7 @@ def _add_parts(parts, place, mask, other, E: tl.constexpr, PARTS: tl.constexpr):
     return total
 
 
+@remembered
 @triton.jit
 def _gates_backward_kernel(
     parts,

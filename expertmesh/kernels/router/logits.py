@@ -9,9 +9,11 @@ from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.dependent import options, wait
+from expertmesh.kernels.remembered import remembered
 from expertmesh.kernels.router.cells import prefetch
 
 
+@remembered
 @triton.jit
 def _few_logits_kernel(
     x,
@@ -46,6 +48,7 @@ def _few_logits_kernel(
         tl.store(logits + t.to(tl.int64) * E + e, tl.sum(total, axis=1), mask=wanted)
 
 
+@remembered
 @triton.jit
 def _split_kernel(
     source,

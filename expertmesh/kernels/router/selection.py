@@ -8,11 +8,13 @@ from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.dependent import options, wait
+from expertmesh.kernels.remembered import remembered
 from expertmesh.kernels.router.cells import counts, cut, gate_of, scores, total_of
 
 _TAKEN = tl.constexpr(-(2**31))  # below every score, and below those of negative sign
 
 
+@remembered
 @triton.jit
 def _select_kernel(
     logits,

@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.remembered import remembered
 
 _CELLS = 4096  # logits that a program holds
 _MOST_PARTS = 1024  # programs of the first launch, whose sums one program of the second adds
 
 
+@remembered
 @triton.jit
 def _norm_kernel(
     logits,
@@ -41,6 +43,7 @@ def _norm_kernel(
     tl.store(square_P + tl.program_id(0), tl.sum(square, axis=0))
 
 
+@remembered
 @triton.jit
 def _mean_kernel(square_P, mean, T, num_parts, BLOCK_P: tl.constexpr):
     part = tl.arange(0, BLOCK_P)
@@ -48,6 +51,7 @@ def _mean_kernel(square_P, mean, T, num_parts, BLOCK_P: tl.constexpr):
     tl.store(mean, tl.sum(square, axis=0) / T)
 
 
+@remembered
 @triton.jit
 def _backward_kernel(
     logits,

@@ -10,7 +10,10 @@ the product, so that no infinity gets through. Sums run in float32 and in a fixe
 import triton
 import triton.language as tl
 
+from expertmesh.kernels.remembered import remembered
 
+
+@remembered
 @triton.jit
 def sdd_kernel(
     left_ptr,
@@ -70,6 +73,7 @@ def sdd_kernel(
     tl.store(value_ptrs, total.to(value_ptr.dtype.element_ty))
 
 
+@remembered
 @triton.jit
 def dsd_kernel(
     value_ptr,
@@ -137,6 +141,7 @@ def dsd_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(dim < DIM)[None, :])
 
 
+@remembered
 @triton.jit
 def dsd_transposed_kernel(
     value_ptr,
@@ -197,6 +202,7 @@ def dsd_transposed_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=kept)
 
 
+@remembered
 @triton.jit
 def row_dots_kernel(
     a_ptr,

@@ -7,8 +7,10 @@ import triton.language as tl
 
 from expertmesh.kernels.moe_mlp.fused.activations import activate_with_slope
 from expertmesh.kernels.moe_mlp.fused.raster import grouped_order, row_tile
+from expertmesh.kernels.remembered import remembered
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_assignments"])
 def dhidden_kernel(
     dy_ptr,

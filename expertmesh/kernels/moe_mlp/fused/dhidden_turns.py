@@ -24,11 +24,13 @@ from expertmesh.kernels.moe_mlp.fused.turns import (
     product,
     row_tile,
 )
+from expertmesh.kernels.remembered import remembered
 
 _any_activation = gluon.jit(activations.activate_with_slope.fn)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
+@remembered
 @gluon.jit
 def dhidden_turns_kernel(
     dy,
@@ -52,11 +54,13 @@ def dhidden_turns_kernel(
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
     """As ``dhidden_kernel``.
 
     ``dy``: a pointer to ``(R, D)`` by token, gathered on the way; or with ``CHOICES`` of 0 a
     descriptor of grouped rows, ``(N, D)``, in blocks of ``ROWS``. ``down_desc``: ``(E D, F)``.
+    ``AHEAD``: whether a tile's pre-activation is asked into L2 before its product.
     """
     GATHERED: gl.constexpr = CHOICES > 0
     DEPTH: gl.constexpr = down_desc.block_type.shape[0]
@@ -65,7 +69,7 @@ def dhidden_turns_kernel(
     num_valid = gl.load(offset_ptr + NUM_EXPERTS)
     tables = (order_ptr, tile_ptr, num_rows, num_valid, num_assignments)
     outputs = (pre_ptr, dpre_ptr, hidden_ptr, share_ptr)
-    fixed: gl.constexpr = (WIDTH, HIDDEN, PARTS, ACTIVATION, GATHERED, GROUP)
+    fixed: gl.constexpr = (WIDTH, HIDDEN, PARTS, ACTIVATION, GATHERED, GROUP, AHEAD)
     if GATHERED:
         gl.warp_specialize(
             [
@@ -168,6 +172,7 @@ def _multiply(
     ACTIVATION: gl.constexpr = FIXED[3]
     GATHERED: gl.constexpr = FIXED[4]
     GROUP: gl.constexpr = FIXED[5]
+    AHEAD: gl.constexpr = FIXED[6]
     order_ptr, tile_ptr, num_rows, num_valid, num_assignments = tables
     pre_ptr, dpre_ptr, hidden_ptr, share_ptr = outputs
     ROWS: gl.constexpr = ring[0].shape[1]
@@ -182,6 +187,8 @@ def _multiply(
         row, column = grouped_order(index, num_rows, num_columns, GROUP)
         _expert, start, stop = row_tile(tile_ptr, row)
         limit = gl.where(stop == num_valid, gl.minimum(start + ROWS, num_assignments), stop)
+        if AHEAD:
+            _ask(pre_ptr, start, stop, column * COLUMNS, ROWS, COLUMNS, HIDDEN, PARTS)
         # Fetched while the product is computed: who takes turns has nobody else to wait for.
         upper = start + line
         lower = upper + 64
@@ -214,6 +221,34 @@ def _multiply(
                 gate, linear = next_gate, next_linear
             share_ptrs = share_ptr + (top + line).to(gl.int64) * num_columns + column
             gl.store(share_ptrs, share, mask=top + line < stop)
+
+
+@gluon.jit
+def _ask(
+    pre_ptr,
+    start,
+    stop,
+    at,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    PARTS: gl.constexpr,
+):
+    """Ask for the lines of a tile's pre-activation, 128 bytes each; nothing is read."""
+    layout: gl.constexpr = gl.BlockedLayout([1, COLUMNS // 64], [32, 1], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    line = gl.arange(0, COLUMNS // 64, layout=gl.SliceLayout(0, layout)) * 64
+    real = (start + gl.minimum(row, stop - start - 1)).to(gl.int64)
+    pre_ptrs = pre_ptr + at + (real * (PARTS * HIDDEN))[:, None] + line[None, :]
+    for part in gl.static_range(PARTS):
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [(pre_ptrs + part * HIDDEN).to(gl.int64)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @gluon.jit

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from expertmesh.kernels.moe_mlp.fused.raster import grouped_order
+from expertmesh.kernels.remembered import remembered
 
 
+@remembered
 @triton.jit
 def dweight_kernel(
     rows_desc,

@@ -30,11 +30,13 @@ from expertmesh.kernels.moe_mlp.fused.turns import (
     halves,
     sides,
 )
+from expertmesh.kernels.remembered import remembered
 
 _SIDE = gl.constexpr(128)
 """Rows and columns that are stored together; a tile is two such squares."""
 
 
+@remembered
 @gluon.jit
 def dweight_gather_kernel(
     rows_desc,

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from expertmesh.kernels.moe_mlp.fused.raster import grouped_order, row_tile
+from expertmesh.kernels.remembered import remembered
 
 
+@remembered
 @triton.jit
 def rows_kernel(
     rows_desc,

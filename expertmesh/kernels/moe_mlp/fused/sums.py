@@ -5,7 +5,10 @@
 import triton
 import triton.language as tl
 
+from expertmesh.kernels.remembered import remembered
 
+
+@remembered
 @triton.jit
 def spread_kernel(
     rows_ptr,
@@ -25,6 +28,7 @@ def spread_kernel(
         tl.store(out_ptr + position * WIDTH + column, value, mask=real)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_assignments"])
 def share_sum_kernel(
     share_ptr,
@@ -45,6 +49,7 @@ def share_sum_kernel(
     tl.store(out_ptr + place, tl.sum(share, axis=1).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@remembered
 @triton.jit
 def expert_sum_kernel(
     rows_ptr,

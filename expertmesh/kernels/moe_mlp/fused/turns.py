@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from expertmesh.kernels.moe_mlp.fused import raster
+from expertmesh.kernels.remembered import remembered
 
 CHUNK = gl.constexpr(32)
 """Columns that are finished together."""
@@ -210,6 +211,7 @@ def _multiply(
                 gl.store(out_ptrs + piece * CHUNK, out, mask=inside)
 
 
+@remembered
 @gluon.jit
 def rows_turns_kernel(
     rows_desc,
