@@ -186,7 +186,7 @@ class MoE(nn.Module):
             return y_TD, decided
         if self.losses == "attach":
             total = reduce(torch.add, decided.losses.values())
-            y_TD = attach_loss(y_TD, total * self.loss_scale.to(total.dtype))
+            y_TD = attach_loss(y_TD, total, self.loss_scale)
             detached = {name: loss.detach() for name, loss in decided.losses.items()}
             decided = dataclasses.replace(decided, losses=detached)
         elif not returned and not is_recompute():

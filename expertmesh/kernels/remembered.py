@@ -28,20 +28,28 @@ class Remembered:
     position; those that follow may be among the options by name.
 
     Attributes:
-        kernel: Triton's.
+        kernel: Triton's; its constants are its last parameters.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._names = [param.name for param in kernel.params]
-        self._constant = [param.is_constexpr for param in kernel.params]
+        constant = [param.is_constexpr for param in kernel.params]
+        self._first_constant = constant.index(True) if any(constant) else len(constant)
+        if not all(constant[self._first_constant :]):
+            raise ValueError(f"constants must be the last parameters of {kernel.fn.__name__}")
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self._start, grid)
 
     def _start(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        key = self._key(arguments, options)
+        key = (
+            driver.active.get_current_device(),
+            arguments[self._first_constant :],
+            *map(_form, arguments[: self._first_constant]),
+            *options.items(),
+        )
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self.kernel[grid](*arguments, **options)
@@ -50,23 +58,19 @@ class Remembered:
             arguments += tuple(options[name] for name in self._names[len(arguments) :])
         compiled[(*grid, 1, 1)[:3]](*arguments)
 
-    def _key(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-        """What Triton makes a form of its own for: of tensors the dtype and whether they start at a
-        multiple of 16 bytes, of numbers their type, 1, and multiples of 16.
-        """
-        key: list[Any] = [driver.active.get_current_device(), *options.items()]
-        for argument, constant in zip(arguments, self._constant):  # noqa: B905  faster without
-            if constant:
-                key.append(argument)
-            elif type(argument) is int:
-                key.append(_kind(argument))
-            elif isinstance(argument, Tensor):
-                key.append((argument.dtype, argument.data_ptr() & 15 == 0))
-            elif argument is None or isinstance(argument, float | bool):
-                key.append(type(argument))
-            else:  # a descriptor: its layout in shared memory follows from these
-                key += (argument.base.dtype, *argument.block_shape)
-        return tuple(key)
+
+def _form(argument: Any) -> Any:
+    """What Triton makes a form of its own for: of tensors the dtype and whether they start at a
+    multiple of 16 bytes, of numbers their type, 1, and multiples of 16.
+    """
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    if type(argument) is int:
+        return _kind(argument)
+    if argument is None or isinstance(argument, float | bool):
+        return type(argument)
+    # A descriptor: its layout in shared memory follows from these.
+    return argument.base.dtype, *argument.block_shape
 
 
 def _kind(number: int) -> str:

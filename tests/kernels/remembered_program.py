@@ -1,6 +1,8 @@
 """Starts kernels past Triton's lookup and through it; see ``test_remembered.py``."""
 
+import importlib
 import itertools
+import pkgutil
 
 import torch
 import triton
@@ -99,4 +101,10 @@ for rows, block in itertools.product((64, 128), ([16, 16], [16, 32], [32, 16])):
     assert len({one[:4] for one in STARTED[-4:]}) == 1, STARTED[-4:]
     assert all(one[4][0] is descriptor for one in STARTED[-4:])
 assert len(kernel._compiled) == 3
+
+# Every kernel that is started from the host can be remembered.
+import expertmesh.kernels  # noqa: E402
+
+for module in pkgutil.walk_packages(expertmesh.kernels.__path__, "expertmesh.kernels."):
+    importlib.import_module(module.name)
 print("equal")
