@@ -4,8 +4,8 @@
 
 bfloat16, gated experts, routing by a random router over random tokens, nothing dropped. For each
 shape the forward pass without gradient and forward and backward with the gradients of the input
-and of all parameters; contenders take turns within each round, each queued behind an uncounted run
-of itself; medians go to results/layer_gpu.json.
+and of all parameters; contenders take turns, each timed behind uncounted runs of itself; medians
+go to results/layer_gpu.json.
 
 - expertmesh: ``MoE`` with the router of the shape's model and ``GatedMLPExperts``, backend auto.
 - cuBLAS bmm, GEMMs alone: batched products of the same FLOPs, every expert with as many rows.
