@@ -25,15 +25,18 @@ class Remembered:
     """Starts a kernel as Triton does, ``kernel[grid](*arguments, **options)``.
 
     The first launch of each form goes through Triton, which compiles it. Arguments are given by
-    position; those that follow may be among the options by name.
+    position, the last constants by name if one likes. What Triton asks at each launch beside its
+    arguments (whether debugging was switched on, or a global changed) is asked at the first.
 
     Attributes:
-        kernel: Triton's; its constants are its last parameters.
+        kernel: Triton's; its constants are its last parameters, and none has a default.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._names = [param.name for param in kernel.params]
+        if any(param.has_default for param in kernel.params):
+            raise ValueError(f"parameters of {kernel.fn.__name__} must have no defaults")
         constant = [param.is_constexpr for param in kernel.params]
         self._first_constant = constant.index(True) if any(constant) else len(constant)
         if not all(constant[self._first_constant :]):

@@ -68,7 +68,7 @@ kernel = remembered(plain)
 assert isinstance(kernel, Remembered)
 numbers = torch.arange(64.0)
 tensors = [numbers, numbers[1:], numbers.half(), numbers.half()[8:], numbers.double()]
-asked, times = 0, 2
+times = 2
 for device in (0, 1):
     Driver.device = device
     for a, b in itertools.product(tensors, [*tensors[:2], None]):
@@ -79,13 +79,11 @@ for device in (0, 1):
                 kernel[(7,)](*arguments, num_warps=2)
                 kernel[(7,)](*arguments[:-1], BLOCK=32, num_warps=2)
                 plain[(7,)](*arguments, num_warps=2)
-            asked += 1
             started = STARTED[-3 * times :]
             assert all(one[:4] == started[-1][:4] for one in started), (arguments, started)
             for one in started:
                 assert len(one[4]) == len(arguments), one
                 assert all(x is y or x == y for x, y in zip(one[4], arguments, strict=True))
-assert len(kernel._compiled) < 2 * asked, "numbers that Triton does not look at make no new form"
 forms = len(kernel._compiled)
 for free in range(100, 200):
     kernel[(7,)](numbers, None, 7, free, 0.5, False, 32, num_warps=2)

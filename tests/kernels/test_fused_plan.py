@@ -56,7 +56,9 @@ def test_shipped_plans_replace_the_rule(dim: int, hidden: int) -> None:
         assert getattr(chosen, product) == plan._tile(fields)
     rule = default_plan(torch.bfloat16, 128, dim=dim, hidden=hidden, parts=2)
     assert plan_on("another", torch.bfloat16, 4096, dim, hidden, turns=False) == rule
-    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == specialised(rule, hidden)
+    assert plan_on("another", torch.bfloat16, 4096, dim, hidden) == specialised(
+        rule, torch.bfloat16, hidden
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,9 @@ def test_no_specialised_warps_where_they_do_not_run(
 def test_rows_of_narrow_experts_are_gathered_on_the_way(hidden: int, narrow: bool) -> None:
     chosen = plan_on("another", torch.bfloat16, 4096, 256, hidden)
     assert chosen.dhidden == Turns(gather=narrow)
-    assert chosen.dup == chosen.ddown == Gather()
+    assert chosen.dup == Gather()
+    assert chosen.ddown == (Gather() if narrow else None), "wide ones share the copy"
+    assert plan_on("another", torch.float16, 4096, 256, hidden).ddown == Gather()
 
 
 def test_what_a_shipped_gather_gathers_is_cut_evenly() -> None:

@@ -205,8 +205,8 @@ def _fused_mlp_backward(
     *layout, activation, wanted, quack = rest
     return tuple(
         run.backward(
-            dy_RD.to(x_RD.dtype).contiguous(),
-            x_RD.contiguous(),
+            _from_aligned_start(dy_RD.to(x_RD.dtype).contiguous()),
+            _from_aligned_start(x_RD.contiguous()),
             weight_RK.contiguous(),
             _with_whole_rows(up_EPFD),
             _from_aligned_start(down_EDF.contiguous()),
@@ -229,9 +229,9 @@ def _with_whole_rows(up_EPFD: Tensor) -> Tensor:
     return _from_aligned_start(up_EPFD if whole else up_EPFD.contiguous())
 
 
-def _from_aligned_start(matrices: Tensor) -> Tensor:
+def _from_aligned_start(rows: Tensor) -> Tensor:
     """Itself, or a copy where it is a part of a buffer that starts anywhere."""
-    return matrices if matrices.data_ptr() % ALIGNMENT == 0 else matrices.clone()
+    return rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
 
 
 @torch.library.register_fake("expertmesh::fused_mlp")

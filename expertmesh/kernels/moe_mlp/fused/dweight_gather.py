@@ -120,7 +120,9 @@ def _tile(index, spans, CUT: gl.constexpr):
 
 @gluon.jit
 def _fetch(rows_desc, spans, ring, GATHER_LEFT: gl.constexpr, CUT: gl.constexpr):
-    """Grouped rows, step by step; behind the expert's they meet zeros."""
+    """Grouped rows, step by step. Behind the expert's come the next one's, which meet zeros: an
+    infinite number among them would show in both experts' gradients.
+    """
     _gathered, rows_smem, empty, full = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     DEPTH: gl.constexpr = rows_smem.shape[1]

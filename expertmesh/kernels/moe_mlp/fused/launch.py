@@ -197,7 +197,7 @@ def weight_gradient(
         layout: Where the experts' rows lie.
         choices: K.
         like: The matrices, ``(E, P, H / P, O)``, or if ``flipped`` ``(E, O, H)``; a ``Tile``
-            and ``Gather`` take any strides.
+            and ``Gather`` take any strides but for the last dim, which is contiguous.
         tile: None for torch's ``grouped_mm`` over a copy of the rows by position.
         flipped: How the matrices stand.
         gathered_NO: The copy by position, if there is one already.

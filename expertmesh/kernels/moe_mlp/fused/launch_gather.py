@@ -20,11 +20,13 @@ def weight_gradient(
     *,
     flipped: bool,
 ) -> Tensor:
-    """As ``launch.weight_gradient``; the matrices' last dim is contiguous.
+    """As ``launch.weight_gradient``; the tile divides the width of the gathered rows.
 
-    Gathered rows are the left operand if ``flipped``, else the right one: either way the tile's
+    Those are the left operand if ``flipped``, else the right one: either way the tile's
     columns are that last dim.
     """
+    assert by_token_RO.shape[1] % tile.gathered == 0, "columns beyond would be read"
+    assert like.stride(-1) == 1, "rows of the result would be written as if they lay whole"
     grad = torch.empty_like(like)
     by_part_EPIO = grad.unsqueeze(1) if flipped else grad
     num_experts, parts, part, width = by_part_EPIO.shape

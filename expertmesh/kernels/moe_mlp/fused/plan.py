@@ -119,7 +119,7 @@ class Plan:
     """One tile for each product; None leaves it to ``torch.nn.functional.grouped_mm``.
 
     A gradient of matrices that is left to it costs a copy of the rows by position. So does the
-    pre-activation's by turns that do not gather; the down projection's then shares the copy.
+    pre-activation's by turns that do not gather; the down projection's then shares it if left so.
 
     Attributes:
         rows: Rows of a tile of grouped rows.
@@ -170,7 +170,7 @@ def plan_for(
     refusal = turns_refusal(device, dtype, rows=rows, dim=dim, hidden=hidden, packed=packed)
     turns = refusal is None
     if turns:
-        plan = specialised(plan, hidden)
+        plan = specialised(plan, dtype, hidden)
     if rows == 128 and dtype == torch.bfloat16 and parts == 2 and device.type == "cuda":
         measured = _shipped(_device_name(device.index)).get(f"{dim}x{hidden}", {})
         tiles: dict[str, Any] = {name: _tile(fields) for name, fields in measured.items()}
@@ -213,15 +213,16 @@ def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts:
     )
 
 
-def specialised(plan: Plan, hidden: int) -> Plan:
-    """The plan with specialised warps where they won: in every product but the up projection.
+def specialised(plan: Plan, dtype: torch.dtype, hidden: int) -> Plan:
+    """The plan with specialised warps where they won: nearly everywhere behind the up projection.
 
     The pre-activation's gradient of narrow experts gathers its rows on the way: they have more rows
-    to copy for each number that is computed from them. Of wide ones the copy is faster.
+    to copy for each number that is computed from them. Of wide ones the copy is faster, and with it
+    ``grouped_mm`` for the down projection's matrices.
     """
-    turns, gather = Turns(), Gather()
-    dhidden = Turns(gather=hidden < _WIDE_TURNS)
-    return replace(plan, down=turns, dhidden=dhidden, dx=turns, dup=gather, ddown=gather)
+    narrow = hidden < _WIDE_TURNS
+    plan = replace(plan, down=Turns(), dhidden=Turns(gather=narrow), dx=Turns(), dup=Gather())
+    return replace(plan, ddown=Gather() if narrow or dtype != torch.bfloat16 else None)
 
 
 def with_quack(plan: Plan) -> Plan:
