@@ -58,7 +58,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Turns(group=2),
         Turns(group=2, ahead=True),
         Turns(gather=True),
-        Turns(gather=True, ahead=True),
+        Turns(group=2, gather=True, ahead=True),
     ],
     "dweight": [
         None,

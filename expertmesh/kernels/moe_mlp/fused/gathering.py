@@ -12,6 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 GATHERING_WARPS = gl.constexpr(4)
 
+LINE = gl.constexpr(64)
+"""Numbers of 16 bits in a line of the L2 cache."""
+
 ARRIVALS = gl.constexpr(32 * 4 + 1)
 """At the barrier of a step: every gathering thread, and who announces the copy engine's bytes."""
 
@@ -28,3 +31,16 @@ def bring(source_ptrs, mask, target, ready):
     """Copy to shared memory, 0 where not ``mask``; each thread arrives when its part is there."""
     async_copy.async_copy_global_to_shared(target, source_ptrs, mask=mask)
     async_copy.mbarrier_arrive(ready, increment_count=False)
+
+
+@gluon.jit
+def ask(ptrs):
+    """Ask for lines of 128 bytes to come to L2; nothing is read."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [ptrs.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )

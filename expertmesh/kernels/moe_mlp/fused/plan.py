@@ -62,7 +62,8 @@ class Turns:
         stages: Steps in flight.
         gather: Whether further warps gather the rows by token; else they lie grouped in memory.
             For the pre-activation's gradient, which needs a copy otherwise.
-        ahead: Whether the pre-activation is asked into the L2 cache ahead; for its gradient.
+        ahead: Whether the pre-activation, and rows that the next tile gathers, are asked into the
+            L2 cache ahead; for the pre-activation's gradient.
         columns: Columns of the output tile; how it is finished is written for these.
         depth: Elements of the summed dim per step.
         rows: Rows of the output tile; likewise.
