@@ -4,7 +4,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from expertmesh.kernels.moe_mlp.fused import activations
 from expertmesh.kernels.moe_mlp.fused.gathering import (
@@ -73,13 +73,14 @@ def dhidden_turns_kernel(
     tables = (order_ptr, tile_ptr, num_rows, num_valid, num_assignments)
     outputs = (pre_ptr, dpre_ptr, hidden_ptr, share_ptr)
     fixed: gl.constexpr = (WIDTH, HIDDEN, PARTS, ACTIVATION, GATHERED, GROUP, AHEAD)
+    sizes: gl.constexpr = (WIDTH, HIDDEN, False, GATHERED, GROUP)
     if GATHERED:
         gl.warp_specialize(
             [
                 (_multiply, (combine_ptr, tables, outputs, ring, fixed, 0)),
                 (_multiply, (combine_ptr, tables, outputs, ring, fixed, 1)),
                 (_gather, (dy, order_ptr, tile_ptr, num_rows, ring, CHOICES, fixed)),
-                (_fetch_weight, (down_desc, tile_ptr, num_rows, ring, WIDTH, HIDDEN, GROUP)),
+                (fetch, (dy, down_desc, tile_ptr, num_rows, ring, sizes)),
             ],
             [4, GATHERING_WARPS, 1],
             [208, 72, 24],
@@ -89,7 +90,7 @@ def dhidden_turns_kernel(
             [
                 (_multiply, (combine_ptr, tables, outputs, ring, fixed, 0)),
                 (_multiply, (combine_ptr, tables, outputs, ring, fixed, 1)),
-                (fetch, (dy, down_desc, tile_ptr, num_rows, ring, WIDTH, HIDDEN, False, GROUP)),
+                (fetch, (dy, down_desc, tile_ptr, num_rows, ring, sizes)),
             ],
             [4, 1],
             [232, 40],
@@ -155,36 +156,6 @@ def _ask_rows(
     row_ptrs = dy_ptr + token.to(gl.int64) * WIDTH
     for place in range(column, WIDTH // LINE, num_columns):
         ask(row_ptrs + place * LINE)
-
-
-@gluon.jit
-def _fetch_weight(
-    down_desc,
-    tile_ptr,
-    num_rows,
-    ring,
-    WIDTH: gl.constexpr,
-    HIDDEN: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """The other operand of every tile."""
-    _rows, weight_smem, empty, full, _turns = ring
-    STAGES: gl.constexpr = weight_smem.shape[0]
-    DEPTH: gl.constexpr = weight_smem.shape[1]
-    COLUMNS: gl.constexpr = weight_smem.shape[2]
-    num_columns: gl.constexpr = HIDDEN // COLUMNS
-    step = 0
-    for index in range(gl.program_id(0), num_rows * num_columns, gl.num_programs(0)):
-        row, column = grouped_order(index, num_rows, num_columns, GROUP)
-        expert, _start, _stop = row_tile(tile_ptr, row)
-        for begin in range(0, WIDTH, DEPTH):
-            stage = step % STAGES
-            ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready, down_desc.block_type.nbytes)
-            corner = [expert * WIDTH + begin, column * COLUMNS]
-            tma.async_copy_global_to_shared(down_desc, corner, ready, weight_smem.index(stage))
-            step += 1
 
 
 @gluon.jit

@@ -10,12 +10,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-GATHERING_WARPS = gl.constexpr(4)
+_WARPS = 4
+
+GATHERING_WARPS = gl.constexpr(_WARPS)
 
 LINE = gl.constexpr(64)
 """Numbers of 16 bits in a line of the L2 cache."""
 
-ARRIVALS = gl.constexpr(32 * 4 + 1)
+ARRIVALS = gl.constexpr(32 * _WARPS + 1)
 """At the barrier of a step: every gathering thread, and who announces the copy engine's bytes."""
 
 
@@ -23,7 +25,7 @@ ARRIVALS = gl.constexpr(32 * 4 + 1)
 def gathering_layout(width):
     """Rows of ``width`` numbers of 16 bits: neighbouring lanes copy neighbouring pieces."""
     lanes = min(width // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [_WARPS, 1], [1, 0])
 
 
 @gluon.jit

@@ -22,8 +22,8 @@ def weight_gradient(
 ) -> Tensor:
     """As ``launch.weight_gradient``; the tile divides the width of the gathered rows.
 
-    Those are the left operand if ``flipped``, else the right one: either way the tile's
-    columns are that last dim.
+    Those are the left operand if ``flipped``, else the right one: either way the tile's columns
+    lie along the matrices' last dim.
     """
     assert by_token_RO.shape[1] % tile.gathered == 0, "columns beyond would be read"
     assert like.stride(-1) == 1, "rows of the result would be written as if they lay whole"

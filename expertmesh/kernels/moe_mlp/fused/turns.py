@@ -34,18 +34,25 @@ def fetch(
     tile_ptr,
     num_rows,
     ring,
-    INNER: gl.constexpr,
-    OUTER: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-    GROUP: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
-    """Both operands of every tile of this program, step by step."""
+    """Operands of every tile of this program, step by step; if gathered, the weight alone.
+
+    ``SIZES``: what is summed and the columns of a product, whether the weight is transposed and the
+    rows are gathered, and the row tiles that sweep the columns together.
+    """
+    INNER: gl.constexpr = SIZES[0]
+    OUTER: gl.constexpr = SIZES[1]
+    TRANSPOSED: gl.constexpr = SIZES[2]
+    GATHERED: gl.constexpr = SIZES[3]
+    GROUP: gl.constexpr = SIZES[4]
     rows_smem, weight_smem, empty, full, _turns = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     DEPTH: gl.constexpr = rows_smem.shape[2]
     COLUMNS: gl.constexpr = weight_smem.shape[1] if TRANSPOSED else weight_smem.shape[2]
     num_columns: gl.constexpr = OUTER // COLUMNS
-    num_bytes: gl.constexpr = rows_desc.block_type.nbytes + weight_desc.block_type.nbytes
+    rows_bytes: gl.constexpr = 0 if GATHERED else rows_desc.block_type.nbytes
+    num_bytes: gl.constexpr = rows_bytes + weight_desc.block_type.nbytes
     step = 0
     for index in range(gl.program_id(0), num_rows * num_columns, gl.num_programs(0)):
         row, column = grouped_order(index, num_rows, num_columns, GROUP)
@@ -55,8 +62,9 @@ def fetch(
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready, num_bytes)
-            place = rows_smem.index(stage)
-            tma.async_copy_global_to_shared(rows_desc, [start, begin], ready, place)
+            if not GATHERED:
+                place = rows_smem.index(stage)
+                tma.async_copy_global_to_shared(rows_desc, [start, begin], ready, place)
             if TRANSPOSED:
                 corner = [expert * OUTER + column * COLUMNS, begin]
             else:
@@ -234,14 +242,12 @@ def rows_turns_kernel(
     DEPTH: gl.constexpr = rows_desc.block_type.shape[1]
     ring = make_ring(weight_desc, ROWS, DEPTH, STAGES, 1)
     num_rows = gl.load(num_tiles_ptr)
+    sizes: gl.constexpr = (INNER, OUTER, TRANSPOSED, False, GROUP)
     gl.warp_specialize(
         [
             (_multiply, (tile_ptr, num_rows, out_ptr, ring, INNER, OUTER, TRANSPOSED, GROUP, 0)),
             (_multiply, (tile_ptr, num_rows, out_ptr, ring, INNER, OUTER, TRANSPOSED, GROUP, 1)),
-            (
-                fetch,
-                (rows_desc, weight_desc, tile_ptr, num_rows, ring, INNER, OUTER, TRANSPOSED, GROUP),
-            ),
+            (fetch, (rows_desc, weight_desc, tile_ptr, num_rows, ring, sizes)),
         ],
         [4, 1],
         [232, 40],
