@@ -2,13 +2,15 @@
 
     python benchmarks/products_gpu.py
 
-Layers, shapes and steps are those of ``bench_gpu.py``. They take turns under torch's profiler, a
-step each; of every kernel the median over the rounds, in the order of their start, goes to
-results/products_gpu.json, where shapes that are not measured again stay as they are. SonicMoE's
+Layers, shapes and steps are those of ``bench_gpu.py``. They take turns under torch's profiler: each
+repeats its step for as long as ``layer_gpu.py`` lets a step run in, so that the clock is its own, and
+the last step counts. Of every kernel the median over the rounds, in the order of their start, goes
+to results/products_gpu.json, where shapes that are not measured again stay as they are. SonicMoE's
 products are QuACK's with one fixed tile.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 from bench_gpu import contenders  # beside this file
-from layer_gpu import BF16, SHAPES, Shape, training_step
+from layer_gpu import BF16, RUN_IN_MS, SHAPES, Shape, training_step
 from record import RESULTS, load_if_there, save, stamps_of
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,22 +63,30 @@ def measure(shape: Shape, rounds: int) -> dict[str, Kernels]:
     for step in steps.values():
         for _ in range(3):
             step()
+    repeats = {who: math.ceil(RUN_IN_MS / total(kernels_of(step, 3))) for who, step in steps.items()}
     seen: dict[str, list[Kernels]] = {who: [] for who in steps}
     for _ in range(rounds):
         for who, step in steps.items():
-            seen[who].append(kernels_of(step))
+            seen[who].append(kernels_of(step, repeats[who]))
     return {who: middle(found) for who, found in seen.items()}
 
 
-def kernels_of(step: Callable[[], object]) -> Kernels:
-    """What runs on the device in one step."""
+def kernels_of(step: Callable[[], object], repeats: int) -> Kernels:
+    """What runs on the device in the last of so many steps; each runs the same kernels."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
+        for _ in range(repeats):
+            step()
         torch.cuda.synchronize()
     on_device = (e for e in profiler.events() if e.device_type.name == "CUDA")
     ordered = sorted(on_device, key=lambda event: event.time_range.start)
-    return [(event.name[:160], event.time_range.elapsed_us() / 1e3) for event in ordered]
+    last = ordered[-(len(ordered) // repeats) :]
+    return [(event.name[:160], event.time_range.elapsed_us() / 1e3) for event in last]
+
+
+def total(kernels: Kernels) -> float:
+    """Milliseconds of all."""
+    return sum(milliseconds for _, milliseconds in kernels)
 
 
 def middle(rounds: list[Kernels]) -> Kernels:
@@ -98,10 +108,9 @@ def middle(rounds: list[Kernels]) -> Kernels:
 def print_shape(name: str, found: dict[str, Kernels]) -> None:
     print(name)
     for who, kernels in found.items():
-        total = sum(milliseconds for _, milliseconds in kernels)
-        print(f"  {who}: {total:.2f} ms in {len(kernels)} kernels")
+        print(f"  {who}: {total(kernels):.2f} ms in {len(kernels)} kernels")
         for kernel, milliseconds in kernels:
-            if milliseconds >= LONG * total:
+            if milliseconds >= LONG * total(kernels):
                 print(f"  {milliseconds:8.3f} ms  {kernel[:90]}")
 
 
