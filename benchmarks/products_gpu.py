@@ -3,9 +3,9 @@
     python benchmarks/products_gpu.py
 
 Layers, shapes and steps are those of ``bench_gpu.py``. They take turns under torch's profiler: each
-repeats its step for as long as ``layer_gpu.py`` lets a step run in, so that the clock is its own, and
-the last step counts. Of every kernel the median over the rounds, in the order of their start, goes
-to results/products_gpu.json, where shapes that are not measured again stay as they are. SonicMoE's
+repeats its step for as long as ``layer_gpu.py`` lets one run in, so that the clock is its own, and
+the last counts. Of every kernel the median over the rounds, in the order of their start, goes to
+results/products_gpu.json, where shapes that are not measured again stay as they are. SonicMoE's
 products are QuACK's with one fixed tile.
 """
 
@@ -63,7 +63,9 @@ def measure(shape: Shape, rounds: int) -> dict[str, Kernels]:
     for step in steps.values():
         for _ in range(3):
             step()
-    repeats = {who: math.ceil(RUN_IN_MS / total(kernels_of(step, 3))) for who, step in steps.items()}
+    repeats = {
+        who: math.ceil(RUN_IN_MS / total(kernels_of(step, 3))) for who, step in steps.items()
+    }
     seen: dict[str, list[Kernels]] = {who: [] for who in steps}
     for _ in range(rounds):
         for who, step in steps.items():

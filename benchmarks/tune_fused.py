@@ -38,9 +38,12 @@ Times = dict[str, dict[str, dict[str, float]]]
 
 CANDIDATES: dict[str, list[Candidate]] = {
     "up": [
+        replace(WIDE, group=2),
         replace(WIDE, group=4),
-        replace(WIDE, stages=4),
+        WIDE,
+        replace(WIDE, stages=4, group=2),
         replace(WIDE, stages=4, group=4),
+        replace(WIDE, stages=4),
         replace(WIDE, stages=4, group=16),
         replace(WIDE, flatten=True),
         replace(WIDE, stages=4, flatten=True),
@@ -48,7 +51,9 @@ CANDIDATES: dict[str, list[Candidate]] = {
     "down": [
         None,
         replace(WIDE, flatten=True),
+        replace(WIDE, flatten=True, group=4),
         replace(WIDE, stages=4, flatten=True),
+        Turns(group=2),
         Turns(),
         Turns(group=8),
     ],
@@ -56,9 +61,8 @@ CANDIDATES: dict[str, list[Candidate]] = {
         replace(PAIR, chunks=4, registers=128, group=4),
         Turns(),
         Turns(group=2),
-        Turns(group=2, ahead=True),
         Turns(gather=True),
-        Turns(group=2, gather=True, ahead=True),
+        Turns(group=2, gather=True),
     ],
     "dweight": [
         None,
@@ -72,6 +76,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
 
 
 NAME = "tune_fused"
+_RUN_IN_MS = 100  # candidates of one product leave each other nearly the same clock
 PRODUCTS = ["up", "up, inference", "down", "dhidden", "dx", "dup", "ddown", "ddown, copied"]
 PRODUCTS += ["dup, QuACK", "ddown, QuACK"] if QUACK_MISSING is None else []
 
@@ -152,8 +157,7 @@ def describe(tile: Candidate) -> str:
     if tile is None:
         return "grouped_mm"
     if isinstance(tile, Turns):
-        extras = [name for name in ("gather", "ahead") if getattr(tile, name)]
-        return "-".join(["turns", f"s{tile.stages}", f"g{tile.group}", *extras])
+        return f"turns-s{tile.stages}-g{tile.group}" + ("-gather" if tile.gather else "")
     if isinstance(tile, Gather):
         return f"gather-{tile.gathered}x{tile.grouped}-g{tile.group}"
     if isinstance(tile, Quack):
@@ -181,7 +185,7 @@ def measure(shape: Shape, rounds: int, products: list[str]) -> dict[str, dict[st
                 print(f"  {product} {describe(tile)}: {type(error).__name__} {str(error)[:80]}")
                 continue
             contenders[describe(tile)] = partial(run, tile)
-        times[product] = medians(contenders, rounds)
+        times[product] = medians(contenders, rounds, run_in_ms=_RUN_IN_MS)
         for name, ms in times[product].items():
             print(f"  {product:14} {name:28} {ms:8.3f} ms {flops / ms / 1e9:6.0f} TFLOP/s")
     return times

@@ -23,7 +23,7 @@ from expertmesh.kernels.remembered import remembered
 _BLOCKS = (128, 1024)  # assignments a program counts and sorts, if few and if many
 
 _TILES_PER_PROGRAM = 16
-_CELLS = 8192  # of the table of counts that step 2 holds at once
+_CELLS = 16384  # of the table of counts that step 2 holds at once
 _LONG = tl.constexpr(1 << 20)  # above any number of experts
 
 
@@ -85,12 +85,15 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
     blocks = ceil_div(num_assignments, block)
     bins = power_of_2(num_experts + 1)
     count_BE = expert_N.new_empty(blocks, bins, dtype=torch.int32)
-    first_BE = torch.empty_like(count_BE)
+    ahead_BE, first_BE = torch.empty_like(count_BE), torch.empty_like(count_BE)
     tile_start_E = expert_N.new_empty(bins, dtype=torch.int32)
-    _count[(blocks,)](expert_N, count_BE, num_assignments, num_experts, bins, block, num_warps=4)
+    _count[(blocks,)](
+        expert_N, count_BE, ahead_BE, num_assignments, num_experts, bins, block, num_warps=4
+    )
     chunk = max(1, min(_CELLS // bins, power_of_2(blocks)))
     _place[(1,)](
         count_BE,
+        ahead_BE,
         first_BE,
         layout.offset_E1,
         layout.longest_E,
@@ -101,7 +104,7 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
         bins,
         chunk,
         tile_rows,
-        num_warps=8,
+        num_warps=16,
     )
     programs = max(blocks, ceil_div(layout.tile_P3.shape[0], _TILES_PER_PROGRAM))
     _scatter[(programs,)](
@@ -125,24 +128,29 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
 def _count(
     expert_ptr,
     count_ptr,
+    ahead_ptr,
     num_assignments,
     num_experts: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A block's assignments of each expert, and those of experts before it."""
     block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < num_assignments
     expert = tl.load(expert_ptr + place, mask=inside, other=num_experts)
     expert = tl.minimum(expert, num_experts).to(tl.int32)
     count = tl.histogram(expert, BINS)
-    tl.store(count_ptr + block * BINS + tl.arange(0, BINS), count)
+    cell = block * BINS + tl.arange(0, BINS)
+    tl.store(count_ptr + cell, count)
+    tl.store(ahead_ptr + cell, tl.cumsum(count, axis=0) - count)
 
 
 @remembered
 @triton.jit(do_not_specialize=["num_blocks"])
 def _place(
     count_ptr,
+    ahead_ptr,
     first_ptr,
     offset_ptr,
     longest_ptr,
@@ -164,7 +172,7 @@ def _place(
         before = tl.cumsum(count, axis=0) - count + total[None, :]
         # A block sorts its assignments: what is ahead of an expert's there is taken off here, so
         # that the place after sorting can be added as it is.
-        ahead = tl.cumsum(count, axis=1) - count
+        ahead = tl.load(ahead_ptr + cell, mask=inside, other=0)
         tl.store(first_ptr + cell, before - ahead, mask=inside)
         total += tl.sum(count, axis=0)
     total = tl.where(bins < num_experts, total, 0)

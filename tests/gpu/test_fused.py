@@ -9,7 +9,7 @@ import torch
 from expertmesh.kernels.layout import make_layout
 from expertmesh.kernels.moe_mlp import moe_mlp
 from expertmesh.kernels.moe_mlp.fused import launch
-from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Gather, Turns
+from expertmesh.kernels.moe_mlp.fused.plan import SHIPPED, Gather
 from expertmesh.testing import assert_close
 from tests.kernels.cases import Case, assert_equal_to_reference, call, make_case, run
 
@@ -129,22 +129,6 @@ def test_rows_that_start_anywhere(hidden: int) -> None:
     assert x.data_ptr() % 16 == dy.data_ptr() % 16 == 2
     for value, found in zip(expected, results(x, dy), strict=True):
         assert torch.equal(value, found)
-
-
-@pytest.mark.parametrize("gather", [True, False])
-def test_asking_ahead_changes_nothing(gather: bool) -> None:
-    case = cuda_case(torch.bfloat16, rows=1300, dim=256, hidden=384, num_experts=5, k=3)
-    layout = make_layout(case.expert, 5, 128)
-    pre = torch.randn(1300 * 3, 2 * 384, device="cuda", dtype=torch.bfloat16)
-    given = (case.dy, case.down, case.weight, pre, layout, "silu")
-    copy = launch.spread(case.dy, layout)
-    found = [
-        launch.hidden_gradient(*given, Turns(gather=gather, ahead=ahead), dy_ND=copy)
-        for ahead in (False, True)
-    ]
-    valid = int(layout.offset_E1[-1])
-    for plain, ahead in zip(*found, strict=True):
-        assert torch.equal(plain[:valid], ahead[:valid])
 
 
 @pytest.mark.parametrize("flipped", [True, False])

@@ -11,6 +11,8 @@ from expertmesh.kernels.blocks import ceil_div, power_of_2
 from expertmesh.kernels.remembered import remembered
 
 _CELLS = 4096  # scores that a program holds
+_COUNTED = 2048  # choices that it counts at once
+_ADDED = 16384  # parts' numbers that are held when they are added up
 _MOST_PARTS = 128  # programs for a group of tokens
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 
@@ -29,29 +31,36 @@ def _sum_kernel(
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Choices and summed probability per expert of ``span`` tokens of a group."""
+    """Choices and summed probability per expert of ``span`` tokens of a group.
+
+    Sums over tokens are taken once, at the end: each makes all warps wait.
+    """
     group = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
     bins = tl.arange(0, BINS)
-    total = tl.zeros((BLOCK_E,), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     count = tl.zeros((BINS,), tl.int32)
     begin = tl.program_id(1) * span
-    for local in range(begin, tl.minimum(begin + span, size), BLOCK_T):
+    end = tl.minimum(begin + span, size)
+    for local in range(begin, end, BLOCK_T):
         within = local + tl.arange(0, BLOCK_T)
         t = group * size + within
-        inside = (within < size)[:, None] & (e < E)[None, :]
+        inside = (within < end)[:, None] & (e < E)[None, :]
         value = tl.load(score + t[:, None] * E + e[None, :], mask=inside, other=0.0)
-        total += tl.sum(value / tl.maximum(tl.sum(value, axis=1), _TINY)[:, None], axis=0)
-        wanted = (within < size)[:, None] & (k < K)[None, :]
+        total += value / tl.maximum(tl.sum(value, axis=1), _TINY)[:, None]
+    for local in range(begin, end, BLOCK_C):
+        within = local + tl.arange(0, BLOCK_C)
+        t = group * size + within
+        wanted = (within < end)[:, None] & (k < K)[None, :]
         own = tl.load(chosen + t[:, None] * stride + k[None, :], mask=wanted, other=E)
-        own = tl.reshape(own.to(tl.int32), (BLOCK_T * BLOCK_K,))
-        count += tl.histogram(own, BINS)
+        count += tl.histogram(tl.reshape(own.to(tl.int32), (BLOCK_C * BLOCK_K,)), BINS)
     part = (group * tl.num_programs(1) + tl.program_id(1)) * E
-    tl.store(total_GPE + part + e, total, mask=e < E)
+    tl.store(total_GPE + part + e, tl.sum(total, axis=0), mask=e < E)
     tl.store(count_GPE + part + bins, count, mask=bins < E)
 
 
@@ -106,15 +115,15 @@ def _add_parts(
     BLOCK_E: tl.constexpr,
 ):
     e = tl.arange(0, BLOCK_E)
-    count = tl.zeros((BLOCK_E,), tl.int32)
-    total = tl.zeros((BLOCK_E,), tl.float32)
+    count = tl.zeros((BLOCK_P, BLOCK_E), tl.int32)
+    total = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
     for begin in range(0, num_parts, BLOCK_P):
         part = begin + tl.arange(0, BLOCK_P)
         cell = (group * num_parts + part)[:, None] * E + e[None, :]
         inside = (part < num_parts)[:, None] & (e < E)[None, :]
-        count += tl.sum(tl.load(count_GPE + cell, mask=inside, other=0), axis=0)
-        total += tl.sum(tl.load(total_GPE + cell, mask=inside, other=0.0), axis=0)
-    return count, total
+        count += tl.load(count_GPE + cell, mask=inside, other=0)
+        total += tl.load(total_GPE + cell, mask=inside, other=0.0)
+    return tl.sum(count, axis=0), tl.sum(total, axis=0)
 
 
 @remembered
@@ -150,7 +159,7 @@ def balance(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Ten
     groups, num_parts, E = count_GPE.shape
     product_G, fraction_GE = score_TE.new_empty(groups), score_TE.new_empty(groups, E)
     _product_kernel[(groups,)](
-        count_GPE, total_GPE, fraction_GE, product_G, num_parts, size, E, *_adding(E), num_warps=8
+        count_GPE, total_GPE, fraction_GE, product_G, num_parts, size, E, *_adding(E), num_warps=16
     )
     return product_G, fraction_GE
 
@@ -161,7 +170,7 @@ def sums(score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
     count_GPE, total_GPE = _parts(score_TE, chosen_TK, T)
     out_X = score_TE.new_empty(2 * E + 1)
     _total_kernel[(1,)](
-        count_GPE, total_GPE, out_X, count_GPE.shape[1], T, E, *_adding(E), num_warps=8
+        count_GPE, total_GPE, out_X, count_GPE.shape[1], T, E, *_adding(E), num_warps=16
     )
     return out_X
 
@@ -175,9 +184,10 @@ def _parts(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tens
     num_parts = ceil_div(size, span)
     count_GPE = score_TE.new_empty(groups, num_parts, E, dtype=torch.int32)
     total_GPE = score_TE.new_empty(groups, num_parts, E)
+    choices = power_of_2(K)
     _sum_kernel[(groups, num_parts)](
         score_TE, chosen_TK, count_GPE, total_GPE, size, span, chosen_TK.stride(0), E, K,
-        rows, width, power_of_2(K), power_of_2(E + 1), num_warps=8,
+        rows, width, max(1, _COUNTED // choices), choices, power_of_2(E + 1), num_warps=8,
     )  # fmt: skip
     return count_GPE, total_GPE
 
@@ -185,7 +195,7 @@ def _parts(score_TE: Tensor, chosen_TK: Tensor, size: int) -> tuple[Tensor, Tens
 def _adding(num_experts: int) -> tuple[int, int]:
     """Parts that are added at once, width of a row."""
     width = max(2, power_of_2(num_experts))
-    return min(max(1, _CELLS // width), 64), width
+    return min(max(1, _ADDED // width), _MOST_PARTS), width
 
 
 def balance_backward(

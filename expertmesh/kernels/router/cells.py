@@ -8,7 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from expertmesh.kernels.blocks import ceil_div, power_of_2
+from expertmesh.kernels.remembered import remembered
 
+_ROWS = tl.constexpr(256)  # programs' counts that are added up at once
+_TOTALED = 8  # experts whose counts one program adds up
 TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
 
 
@@ -72,4 +75,23 @@ def counts(logits_TE: Tensor) -> Tensor:
 
 
 def total_of(count_PE: Tensor) -> Tensor:
-    return count_PE[0] if len(count_PE) == 1 else count_PE.sum(0)
+    """All programs' choices per expert."""
+    num_parts, E = count_PE.shape
+    if num_parts == 1:
+        return count_PE[0]
+    total_E = count_PE.new_empty(E)
+    _total_kernel[(ceil_div(E, _TOTALED),)](count_PE, total_E, num_parts, E, _TOTALED, num_warps=8)
+    return total_E
+
+
+@remembered
+@triton.jit(do_not_specialize=["num_parts"])
+def _total_kernel(count_PE, total_E, num_parts, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    rows = tl.arange(0, _ROWS)
+    count = tl.zeros((_ROWS, BLOCK_E), tl.int64)
+    for begin in range(0, num_parts, _ROWS):
+        part = begin + rows
+        inside = (part < num_parts)[:, None] & (e < E)[None, :]
+        count += tl.load(count_PE + part[:, None] * E + e[None, :], mask=inside, other=0)
+    tl.store(total_E + e, tl.sum(count, axis=0), mask=e < E)

@@ -14,7 +14,7 @@ from expertmesh.kernels.router.cells import prefetch
 
 _CELLS = 4096  # logits that a program holds
 _FEW_CELLS = 16384  # of them all, up to which one program does everything
-_ROWS = tl.constexpr(256)  # programs' counts that are added up at once
+_ROWS = tl.constexpr(512)  # programs' counts that are added up at once
 
 
 @remembered
@@ -117,20 +117,20 @@ def _add_kernel(
 ):
     _add_load(load, load_total, tokens_total, T, E, BLOCK_E)
     bins = tl.arange(0, BINS)
-    made = tl.zeros((BINS,), tl.int64)
-    lost = tl.zeros((BINS,), tl.int64)
+    made = tl.zeros((_ROWS, BINS), tl.int64)
+    lost = tl.zeros((_ROWS, BINS), tl.int64)
     entropy = tl.zeros((_ROWS,), tl.float32)
     peak = tl.zeros((_ROWS,), tl.float32)
     for begin in range(0, num_parts, _ROWS):
         part = begin + tl.arange(0, _ROWS)
         real = part < num_parts
         cell = part[:, None] * (2 * BINS) + bins[None, :]
-        made += tl.sum(tl.load(count_P2B + cell, mask=real[:, None], other=0), axis=0)
-        lost += tl.sum(tl.load(count_P2B + cell + BINS, mask=real[:, None], other=0), axis=0)
+        made += tl.load(count_P2B + cell, mask=real[:, None], other=0)
+        lost += tl.load(count_P2B + cell + BINS, mask=real[:, None], other=0)
         entropy += tl.load(value_P2 + part * 2, mask=real, other=0.0)
         peak = tl.maximum(peak, tl.load(value_P2 + part * 2 + 1, mask=real, other=0.0))
-    tl.store(choices_total + bins, tl.load(choices_total + bins) + made)
-    tl.store(dropped_total + bins, tl.load(dropped_total + bins) + lost)
+    tl.store(choices_total + bins, tl.load(choices_total + bins) + tl.sum(made, axis=0))
+    tl.store(dropped_total + bins, tl.load(dropped_total + bins) + tl.sum(lost, axis=0))
     tl.store(entropy_total, tl.load(entropy_total) + tl.sum(entropy, axis=0))
     tl.store(max_logit, tl.maximum(tl.load(max_logit), tl.max(peak, axis=0)))
 
@@ -215,5 +215,5 @@ def count(
         *given, count_P2B, value_P2, T, length, E, K, bins, rows, width, choices, num_warps=8
     )
     _add_kernel[(1,)](
-        count_P2B, value_P2, load_E, *counters, num_parts, T, E, bins, width, num_warps=8
+        count_P2B, value_P2, load_E, *counters, num_parts, T, E, bins, width, num_warps=16
     )

@@ -71,7 +71,7 @@ def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     if weight_ED.dtype == torch.bfloat16:
         return _product(x_TD, weight_ED.T)
     part_XD = kernels.split(weight_ED, (0, 1, 2), by_row=False)
-    return _product(x_TD, part_XD.T).view(x_TD.shape[0], 3, -1).sum(dim=1)
+    return kernels.add_parts(_product(x_TD, part_XD.T).view(x_TD.shape[0], 3, -1))
 
 
 @_fake("router_logits_again")

@@ -80,6 +80,18 @@ def _split_kernel(
         tl.store(target + group * group_stride, part, mask=i < num)
 
 
+@remembered
+@triton.jit
+def _add_parts_kernel(parts, out, num, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits from their parts, the smallest first."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part_ptrs = parts + i // E * (PARTS * E) + i % E
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(part_ptrs + (PARTS - 1 - part) * E, mask=i < num, other=0.0)
+    tl.store(out + i, total, mask=i < num)
+
+
 def few_logits(x_TD: Tensor, weight_ED: Tensor, logits_TE: Tensor) -> None:
     """Write ``x W^T`` for a number of tokens at which reading the weights is the work."""
     (T, D), E = x_TD.shape, len(weight_ED)
@@ -97,6 +109,15 @@ def few_logits(x_TD: Tensor, weight_ED: Tensor, logits_TE: Tensor) -> None:
         min(2048, power_of_2(D)),
         **options(x_TD, 4),
     )
+
+
+def add_parts(parts_TPE: Tensor) -> Tensor:
+    """Their sum, ``(T, E)``."""
+    T, P, E = parts_TPE.shape
+    logits_TE = parts_TPE.new_empty(T, E)
+    num, block = logits_TE.numel(), 1024
+    _add_parts_kernel[(ceil_div(num, block),)](parts_TPE, logits_TE, num, E, P, block, num_warps=4)
+    return logits_TE
 
 
 def split(source: Tensor, pattern: tuple[int, ...], *, by_row: bool) -> Tensor:

@@ -10,8 +10,6 @@ from expertmesh.kernels.moe_mlp.fused import activations
 from expertmesh.kernels.moe_mlp.fused.gathering import (
     ARRIVALS,
     GATHERING_WARPS,
-    LINE,
-    ask,
     bring,
     gathering_layout,
 )
@@ -56,14 +54,11 @@ def dhidden_turns_kernel(
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """As ``dhidden_kernel``.
 
     ``dy``: a pointer to ``(R, D)`` by token, gathered on the way; or with ``CHOICES`` of 0 a
     descriptor of grouped rows, ``(N, D)``, in blocks of ``ROWS``. ``down_desc``: ``(E D, F)``.
-    ``AHEAD``: whether a tile's pre-activation, and what the next tile gathers, are asked into L2
-    before the product.
     """
     GATHERED: gl.constexpr = CHOICES > 0
     DEPTH: gl.constexpr = down_desc.block_type.shape[0]
@@ -72,7 +67,7 @@ def dhidden_turns_kernel(
     num_valid = gl.load(offset_ptr + NUM_EXPERTS)
     tables = (order_ptr, tile_ptr, num_rows, num_valid, num_assignments)
     outputs = (pre_ptr, dpre_ptr, hidden_ptr, share_ptr)
-    fixed: gl.constexpr = (WIDTH, HIDDEN, PARTS, ACTIVATION, GATHERED, GROUP, AHEAD)
+    fixed: gl.constexpr = (WIDTH, HIDDEN, PARTS, ACTIVATION, GATHERED, GROUP)
     sizes: gl.constexpr = (WIDTH, HIDDEN, False, GATHERED, GROUP)
     if GATHERED:
         gl.warp_specialize(
@@ -110,7 +105,6 @@ def _gather(
     """Rows by token of every tile, step by step; behind the expert's its last again."""
     WIDTH: gl.constexpr = FIXED[0]
     GROUP: gl.constexpr = FIXED[5]
-    AHEAD: gl.constexpr = FIXED[6]
     rows_smem, weight_smem, empty, full, _turns = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     ROWS: gl.constexpr = rows_smem.shape[1]
@@ -120,42 +114,16 @@ def _gather(
     line = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     unit = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, layout))
     step = 0
-    num_tiles = num_rows * num_columns
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    for index in range(gl.program_id(0), num_rows * num_columns, gl.num_programs(0)):
         row, _column = grouped_order(index, num_rows, num_columns, GROUP)
         _expert, start, stop = row_tile(tile_ptr, row)
         token = gl.load(order_ptr + gl.minimum(start + line, stop - 1)) // CHOICES
         source_ptrs = dy_ptr + (token.to(gl.int64) * WIDTH)[:, None] + unit[None, :]
-        after = index + gl.num_programs(0)
-        if AHEAD and after < num_tiles:
-            row, column = grouped_order(after, num_rows, num_columns, GROUP)
-            _ask_rows(dy_ptr, order_ptr, tile_ptr, row, column, num_columns, CHOICES, WIDTH, ROWS)
         for begin in range(0, WIDTH, DEPTH):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             bring(source_ptrs + begin, None, rows_smem.index(stage), full.index(stage))
             step += 1
-
-
-@gluon.jit
-def _ask_rows(
-    dy_ptr,
-    order_ptr,
-    tile_ptr,
-    row,
-    column,
-    num_columns: gl.constexpr,
-    CHOICES: gl.constexpr,
-    WIDTH: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """Ask for a part of a tile's rows; the other tiles of its rows ask for the others."""
-    _expert, start, stop = row_tile(tile_ptr, row)
-    line = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [GATHERING_WARPS], [0]))
-    token = gl.load(order_ptr + gl.minimum(start + line, stop - 1)) // CHOICES
-    row_ptrs = dy_ptr + token.to(gl.int64) * WIDTH
-    for place in range(column, WIDTH // LINE, num_columns):
-        ask(row_ptrs + place * LINE)
 
 
 @gluon.jit
@@ -173,7 +141,6 @@ def _multiply(
     ACTIVATION: gl.constexpr = FIXED[3]
     GATHERED: gl.constexpr = FIXED[4]
     GROUP: gl.constexpr = FIXED[5]
-    AHEAD: gl.constexpr = FIXED[6]
     order_ptr, tile_ptr, num_rows, num_valid, num_assignments = tables
     pre_ptr, dpre_ptr, hidden_ptr, share_ptr = outputs
     ROWS: gl.constexpr = ring[0].shape[1]
@@ -188,8 +155,6 @@ def _multiply(
         row, column = grouped_order(index, num_rows, num_columns, GROUP)
         _expert, start, stop = row_tile(tile_ptr, row)
         limit = gl.where(stop == num_valid, gl.minimum(start + ROWS, num_assignments), stop)
-        if AHEAD:
-            _ask_tile(pre_ptr, start, stop, column * COLUMNS, ROWS, COLUMNS, HIDDEN, PARTS)
         # Fetched while the product is computed: who takes turns has nobody else to wait for.
         upper = start + line
         lower = upper + 64
@@ -222,27 +187,6 @@ def _multiply(
                 gate, linear = next_gate, next_linear
             share_ptrs = share_ptr + (top + line).to(gl.int64) * num_columns + column
             gl.store(share_ptrs, share, mask=top + line < stop)
-
-
-@gluon.jit
-def _ask_tile(
-    pre_ptr,
-    start,
-    stop,
-    at,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    HIDDEN: gl.constexpr,
-    PARTS: gl.constexpr,
-):
-    """Ask for a tile's pre-activation."""
-    layout: gl.constexpr = gl.BlockedLayout([1, COLUMNS // LINE], [32, 1], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    place = gl.arange(0, COLUMNS // LINE, layout=gl.SliceLayout(0, layout)) * LINE
-    real = (start + gl.minimum(row, stop - start - 1)).to(gl.int64)
-    pre_ptrs = pre_ptr + at + (real * (PARTS * HIDDEN))[:, None] + place[None, :]
-    for part in gl.static_range(PARTS):
-        ask(pre_ptrs + part * HIDDEN)
 
 
 @gluon.jit

@@ -14,9 +14,6 @@ _WARPS = 4
 
 GATHERING_WARPS = gl.constexpr(_WARPS)
 
-LINE = gl.constexpr(64)
-"""Numbers of 16 bits in a line of the L2 cache."""
-
 ARRIVALS = gl.constexpr(32 * _WARPS + 1)
 """At the barrier of a step: every gathering thread, and who announces the copy engine's bytes."""
 
@@ -33,16 +30,3 @@ def bring(source_ptrs, mask, target, ready):
     """Copy to shared memory, 0 where not ``mask``; each thread arrives when its part is there."""
     async_copy.async_copy_global_to_shared(target, source_ptrs, mask=mask)
     async_copy.mbarrier_arrive(ready, increment_count=False)
-
-
-@gluon.jit
-def ask(ptrs):
-    """Ask for lines of 128 bytes to come to L2; nothing is read."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [ptrs.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -83,7 +83,6 @@ def hidden_gradient(
         turns.rows,
         turns.stages,
         turns.group,
-        turns.ahead,
         num_warps=WARPS,
         maxnreg=REGISTERS_OF_FOUR if turns.gather else REGISTERS,
     )

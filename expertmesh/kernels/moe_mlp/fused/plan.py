@@ -62,8 +62,6 @@ class Turns:
         stages: Steps in flight.
         gather: Whether further warps gather the rows by token; else they lie grouped in memory.
             For the pre-activation's gradient, which needs a copy otherwise.
-        ahead: Whether the pre-activation, and rows that the next tile gathers, are asked into the
-            L2 cache ahead; for the pre-activation's gradient.
         columns: Columns of the output tile; how it is finished is written for these.
         depth: Elements of the summed dim per step.
         rows: Rows of the output tile; likewise.
@@ -72,7 +70,6 @@ class Turns:
     group: int = 4
     stages: int = 6
     gather: bool = False
-    ahead: bool = False
     columns: ClassVar[int] = 128
     depth: ClassVar[int] = 64
     rows: ClassVar[int] = 128
