@@ -3,7 +3,7 @@
 """Where each routed row goes, in three launches and without asking the device.
 
 1. each block of assignments counts its experts;
-2. one program turns the counts into first positions, spans, and an order of experts by length;
+2. the counts become first positions, spans, and an order of experts by length;
 3. each block sorts its assignments and scatters them; the row tiles are listed.
 
 Positions within an expert follow the order of assignments, so the same ids give the same layout,
@@ -23,7 +23,8 @@ from expertmesh.kernels.remembered import remembered
 _BLOCKS = (128, 1024)  # assignments a program counts and sorts, if few and if many
 
 _TILES_PER_PROGRAM = 16
-_CELLS = 16384  # of the table of counts that step 2 holds at once
+_CELLS = 8192  # of the table of counts that a program of step 2 holds at once
+_OWN = 16  # experts whose positions it finds
 _LONG = tl.constexpr(1 << 20)  # above any number of experts
 
 
@@ -90,8 +91,8 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
     _count[(blocks,)](
         expert_N, count_BE, ahead_BE, num_assignments, num_experts, bins, block, num_warps=4
     )
-    chunk = max(1, min(_CELLS // bins, power_of_2(blocks)))
-    _place[(1,)](
+    own = min(_OWN, bins)
+    _place[(bins // own + 1,)](
         count_BE,
         ahead_BE,
         first_BE,
@@ -102,9 +103,10 @@ def make_layout(expert_RK: Tensor, num_experts: int, tile_rows: int) -> Layout:
         blocks,
         num_experts,
         bins,
-        chunk,
+        own,
+        max(bins, min(_CELLS, own * power_of_2(blocks))) // own,
         tile_rows,
-        num_warps=16,
+        num_warps=8,
     )
     programs = max(blocks, ceil_div(layout.tile_P3.shape[0], _TILES_PER_PROGRAM))
     _scatter[(programs,)](
@@ -159,23 +161,66 @@ def _place(
     num_blocks,
     num_experts: tl.constexpr,
     BINS: tl.constexpr,
+    OWN: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    bins = tl.arange(0, BINS)
-    total = tl.zeros((BINS,), tl.int32)
+    """First positions of a program's own ``OWN`` experts; a last program lists the spans."""
+    if tl.program_id(0) == BINS // OWN:
+        _list_spans(
+            count_ptr, offset_ptr, longest_ptr, tile_start_ptr, num_tiles_ptr,
+            num_blocks, num_experts, BINS, CHUNK * OWN // BINS, TILE_ROWS,
+        )  # fmt: skip
+    else:
+        _find_firsts(count_ptr, ahead_ptr, first_ptr, num_blocks, BINS, OWN, CHUNK)
+
+
+@triton.jit
+def _find_firsts(
+    count_ptr,
+    ahead_ptr,
+    first_ptr,
+    num_blocks,
+    BINS: tl.constexpr,
+    OWN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    total = tl.zeros((OWN,), tl.int32)
     for begin in range(0, num_blocks, CHUNK):
         blocks = begin + tl.arange(0, CHUNK)
-        cell = blocks[:, None] * BINS + bins[None, :]
+        cell = blocks[:, None] * BINS + own[None, :]
         inside = blocks[:, None] < num_blocks
         count = tl.load(count_ptr + cell, mask=inside, other=0)
-        before = tl.cumsum(count, axis=0) - count + total[None, :]
         # A block sorts its assignments: what is ahead of an expert's there is taken off here, so
         # that the place after sorting can be added as it is.
         ahead = tl.load(ahead_ptr + cell, mask=inside, other=0)
+        before = tl.cumsum(count, axis=0) - count + total[None, :]
         tl.store(first_ptr + cell, before - ahead, mask=inside)
         total += tl.sum(count, axis=0)
-    total = tl.where(bins < num_experts, total, 0)
+
+
+@triton.jit
+def _list_spans(
+    count_ptr,
+    offset_ptr,
+    longest_ptr,
+    tile_start_ptr,
+    num_tiles_ptr,
+    num_blocks,
+    num_experts: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    """Where all experts' positions and tiles begin, and which are longest."""
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((CHUNK, BINS), tl.int32)
+    for begin in range(0, num_blocks, CHUNK):
+        blocks = begin + tl.arange(0, CHUNK)
+        cell = blocks[:, None] * BINS + bins[None, :]
+        counts += tl.load(count_ptr + cell, mask=blocks[:, None] < num_blocks, other=0)
+    total = tl.where(bins < num_experts, tl.sum(counts, axis=0), 0)
     end = tl.cumsum(total, axis=0)
     tl.store(offset_ptr + bins, end - total, mask=bins <= num_experts)
     tiles = (total + TILE_ROWS - 1) // TILE_ROWS
