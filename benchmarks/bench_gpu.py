@@ -8,7 +8,8 @@ parameters; MiB held between the two. Contenders take turns within each round, m
 results/bench_gpu.json, where shapes that are not measured again stay as they are. A peer that is
 not installed is left out, and the table says so; how to install them stands in ``peers.py``.
 
-This library runs with torch and Triton alone. SonicMoE and Liger-Kernel measure candidates when a
+This library runs with torch and Triton alone, its router's weight in float32 as it is by default,
+and in bfloat16 as the others have theirs. SonicMoE and Liger-Kernel measure candidates when a
 shape is new, for minutes. Without ``--tune`` the first gets the one tile that it chose most often
 on an H200, the other its own fixed one.
 """
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 NAME = "bench_gpu"
 BY_SHAPE = ("shapes", "median_ms", "saved_mib", "missing")
 OURS = "expertmesh"
+OURS_NARROW = "expertmesh, router in bfloat16"
 BMM = "cuBLAS bmm, GEMMs alone"
 
 
@@ -102,7 +104,7 @@ def measure(name: str, arguments: argparse.Namespace, results: dict[str, Any]) -
             torch.cuda.synchronize()
             saved[who] = saved_mib(module, x_TD)
         except Exception as error:  # a peer that fails on a shape is reported, not fatal
-            if who == OURS:
+            if who in (OURS, OURS_NARROW):
                 raise
             missing[who] = f"failed: {type(error).__name__}: {str(error)[:200]}"
             continue
@@ -132,7 +134,10 @@ def contenders(
     shape: Shape, arguments: argparse.Namespace
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers by name, and why others are not among them."""
-    modules: dict[str, nn.Module] = {OURS: InSequences(make_layer(shape, "triton"))}
+    modules: dict[str, nn.Module] = {
+        OURS: InSequences(make_layer(shape, "triton")),
+        OURS_NARROW: InSequences(make_layer(shape, "triton", router_dtype=BF16)),
+    }
     missing = {}
     for peer in arguments.peers:
         try:

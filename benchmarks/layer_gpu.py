@@ -127,10 +127,11 @@ def measure_layer(
     return times, saved
 
 
-def make_layer(shape: Shape, backend: str = "auto") -> MoE:
-    router = router_preset(
-        shape.router, dim=shape.D, num_experts=shape.E, k=shape.K, seed=0, device="cuda"
-    )
+def make_layer(
+    shape: Shape, backend: str = "auto", *, router_dtype: torch.dtype = torch.float32
+) -> MoE:
+    sizes = {"dim": shape.D, "num_experts": shape.E, "k": shape.K}
+    router = router_preset(shape.router, **sizes, seed=0, device="cuda", dtype=router_dtype)
     experts = GatedMLPExperts(
         shape.D, shape.F, shape.E, seed=0, device="cuda", dtype=BF16, backend=backend
     )
