@@ -49,6 +49,23 @@ def one_by_one(result: dict[str, Any], made_by: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def energy(result: dict[str, Any], made_by: str) -> str:
+    """What steps and products cost beside time."""
+    lines = [
+        "## Energy of the layer's step on one GPU\n",
+        made_by,
+        "Each alone until clock and power have settled, bfloat16: milliseconds, the clock, power "
+        "as the driver tells it, and their product. `bmm` are cuBLAS's products of equal FLOPs.\n",
+        "| shape | | ms | MHz | W | J |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for shape, rows in result["rows"].items():
+        for who, row in rows.items():
+            figures = f"{row['ms']:.2f} | {row['mhz']} | {row['watts']} | {row['joules']:.3f}"
+            lines.append(f"| {shape} | {who} | {figures} |")
+    return "\n".join([*lines, ""])
+
+
 def cross_entropy(result: dict[str, Any], made_by: str) -> str:
     """The output layer and the loss."""
     table = result["by_tokens"]

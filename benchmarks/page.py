@@ -90,6 +90,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "layer_gpu": gpu_sections.layer,
     "bench_gpu": gpu_sections.beside_peers,
     "products_gpu": kernel_sections.one_by_one,
+    "energy_gpu": kernel_sections.energy,
     "block_sparse_gpu": kernel_sections.block_sparse,
     "tune_fused": kernel_sections.tuned,
     "loads_gpu": gpu_sections.loads,

@@ -150,6 +150,11 @@ MADE_UP = {
         "## The kernels of the layer's step one by one",
         ["| first | 1.75, 2 | 2.00, 1 |", "| second | 4.00, 1 |  |"],
     ),
+    "energy_gpu": (
+        {"rows": {"first": {"up": {"ms": 0.5, "mhz": 1400, "watts": 690, "joules": 0.345}}}},
+        "## Energy of the layer's step on one GPU",
+        ["| first | up | 0.50 | 1400 | 690 | 0.345 |"],
+    ),
     "bench_gpu": (
         PEERS,
         "## The layer beside other libraries' on one GPU",
