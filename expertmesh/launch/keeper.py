@@ -47,7 +47,7 @@ def main() -> int:
         threading.Thread(
             target=_obey, args=(words, process, order["patience"]), daemon=True
         ).start()
-        status = process.wait()
+        status = _wait(process)
         left = end_children()
         failures = json.loads(report.read_text()) if report.exists() else []
     answer = {"status": status, "failures": failures, "left": left}
@@ -68,6 +68,15 @@ def _start(order: dict[str, Any], report: Path, folder: str) -> "subprocess.Pope
         env=environment,
         start_new_session=True,
     )
+
+
+def _wait(process: "subprocess.Popen[bytes]") -> int:
+    """Until it ends; in pieces, between which Python runs the handlers of signals."""
+    while True:
+        try:
+            return process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _num_cores() -> int:

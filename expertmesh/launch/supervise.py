@@ -1,5 +1,6 @@
 """What the launching machine does while a job runs: wait, and stop all when one host fails."""
 
+import math
 import queue
 import signal
 import threading
@@ -16,6 +17,9 @@ from expertmesh.launch.node import Event, Failure, Node
 # because the first report need not be that of the first failure.
 _SETTLE_SECONDS = 5.0
 _BEYOND_PATIENCE_SECONDS = 30.0
+# Python runs a signal's handler between instructions of the main thread. One that comes just before
+# a wait begins, or to another thread, is therefore heard at its end, which must not be far.
+_HEARING_SECONDS = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -96,12 +100,14 @@ class _Watch:
         self._stopped_by = number
 
     def _next(self) -> Event | None:
-        if self._deadline is None:
-            return self._events.get()
-        try:
-            return self._events.get(timeout=max(0.0, self._deadline - time.monotonic()))
-        except queue.Empty:
-            return None
+        """What happens next; None if nothing does before the deadline."""
+        while True:
+            left = math.inf if self._deadline is None else self._deadline - time.monotonic()
+            try:
+                return self._events.get(timeout=max(0.0, min(left, _HEARING_SECONDS)))
+            except queue.Empty:
+                if left <= _HEARING_SECONDS:
+                    return None
 
     def _wait(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds

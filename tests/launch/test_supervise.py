@@ -127,6 +127,24 @@ def test_a_signal_asks_and_a_second_one_kills():
     assert outcome == "Outcome(failures=(), stopped_by=<Signals.SIGTERM: 15>)"
 
 
+def test_a_signal_that_another_thread_catches(tmp_path):
+    """As one that comes just before the wait begins: Python's handlers run in the main thread."""
+    now = tmp_path / "now"
+    catching = (
+        "import os, signal, threading, time\n"
+        "def catch():\n"
+        f"    while not os.path.exists({str(now)!r}): time.sleep(0.05)\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
+        "threading.Thread(target=catch, daemon=True).start()\n"
+    )
+    source = f"{REPORTING}\nprint('ready')\nprint(sys.stdin.readline().strip()); report(1)"
+    with launcher(source, catching) as process:
+        assert process.stdout.readline() == "a ready\n"
+        now.touch()
+        assert process.stdout.readline() == "a stop\n"
+        assert "SIGTERM" in process.stdout.read()
+
+
 def test_a_terminal_that_closes_may_say_so_twice():
     """The shell passes it on, and the kernel sends it once more when the shell has ended."""
     source = f"{REPORTING}\nprint('ready')\nfor _ in '12': print(sys.stdin.readline().strip())"
