@@ -154,9 +154,9 @@ def print_shape(name: str, results: dict[str, Any]) -> None:
     for who in times["forward"]:
         forward, both = (row[who] for row in times.values())
         mib = f"{saved[who]:6.0f} MiB" if who in saved else " " * 10
-        print(f"  {who:26} {forward:8.2f} / {both:8.2f} ms {mib}  {both / ours:5.2f} times ours")
+        print(f"  {who:30} {forward:8.2f} / {both:8.2f} ms {mib}  {both / ours:5.2f} times ours")
     for who, reason in results["missing"][name].items():
-        print(f"  {who:26} {reason}")
+        print(f"  {who:30} {reason}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -43,8 +44,9 @@ class Sampler:
     samples: list[tuple[float, float, float]] = field(default_factory=list)
 
     def __enter__(self) -> "Sampler":
+        identity = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
         query = "--query-gpu=clocks.sm,power.draw.instant"
-        command = ["nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits", "-lms", "20"]
+        command = ["nvidia-smi", identity, query, "--format=csv,noheader,nounits", "-lms", "20"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -58,12 +60,15 @@ class Sampler:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            megahertz, watts = map(float, line.split(","))
-            self.samples.append((time.monotonic(), megahertz, watts))
+            with suppress(ValueError):  # what the driver does not know
+                megahertz, watts = map(float, line.split(","))
+                self.samples.append((time.monotonic(), megahertz, watts))
 
     def between(self, start: float, stop: float) -> tuple[float, float]:
         """Mean MHz and watts."""
         inside = [sample[1:] for sample in self.samples if start < sample[0] < stop]
+        if not inside:
+            raise SystemExit("nvidia-smi tells neither clock nor power of this GPU")
         megahertz, watts = zip(*inside, strict=True)
         return mean(megahertz), mean(watts)
 
@@ -101,7 +106,6 @@ def measure(shape: Shape, seconds: float, sampler: Sampler) -> dict[str, Row]:
     runs |= products(shape)
     names = ("up", "down", "dhidden", "ddown", "dx", "dup")
     runs |= {f"{name}, bmm": run for name, run in zip(names, bmm_steps(shape), strict=True)}
-    next(iter(runs.values()))()
     return {name: one(run, seconds, sampler) for name, run in runs.items()}
 
 
@@ -129,6 +133,8 @@ def products(shape: Shape) -> dict[str, Step]:
 
 def one(run: Step, seconds: float, sampler: Sampler) -> Row:
     """What a run takes once clock and power have settled."""
+    run()  # what the first call does once is not a part of it
+    torch.cuda.synchronize()
     repeats = max(1, round(BATCH_MS / batch_ms(run, 3)))
     start, times = time.monotonic(), []
     while time.monotonic() < start + seconds:

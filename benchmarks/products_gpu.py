@@ -82,6 +82,8 @@ def kernels_of(step: Callable[[], object], repeats: int) -> Kernels:
         torch.cuda.synchronize()
     on_device = (e for e in profiler.events() if e.device_type.name == "CUDA")
     ordered = sorted(on_device, key=lambda event: event.time_range.start)
+    if len(ordered) % repeats:
+        print(f"  {len(ordered)} kernels of {repeats} steps: not all steps run the same")
     last = ordered[-(len(ordered) // repeats) :]
     return [(event.name[:160], event.time_range.elapsed_us() / 1e3) for event in last]
 

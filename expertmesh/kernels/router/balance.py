@@ -119,7 +119,7 @@ def _add_parts(
     total = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
     for begin in range(0, num_parts, BLOCK_P):
         part = begin + tl.arange(0, BLOCK_P)
-        cell = (group * num_parts + part)[:, None] * E + e[None, :]
+        cell = (group * num_parts + part).to(tl.int64)[:, None] * E + e[None, :]
         inside = (part < num_parts)[:, None] & (e < E)[None, :]
         count += tl.load(count_GPE + cell, mask=inside, other=0)
         total += tl.load(total_GPE + cell, mask=inside, other=0.0)

@@ -91,7 +91,7 @@ def _total_kernel(count_PE, total_E, num_parts, E: tl.constexpr, BLOCK_E: tl.con
     rows = tl.arange(0, _ROWS)
     count = tl.zeros((_ROWS, BLOCK_E), tl.int64)
     for begin in range(0, num_parts, _ROWS):
-        part = begin + rows
+        part = (begin + rows).to(tl.int64)
         inside = (part < num_parts)[:, None] & (e < E)[None, :]
         count += tl.load(count_PE + part[:, None] * E + e[None, :], mask=inside, other=0)
     tl.store(total_E + e, tl.sum(count, axis=0), mask=e < E)
