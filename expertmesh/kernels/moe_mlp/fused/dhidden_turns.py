@@ -237,7 +237,8 @@ def _finish(
 ):
     """The elementwise part of one chunk; its share of the weights' gradient."""
     out_type: gl.constexpr = dpre_ptr.dtype.element_ty
-    unit = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, dhidden.type.layout))
+    layout: gl.constexpr = chunk_layout()
+    unit = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
     real = (line < stop - top)[:, None] & (unit >= 0)[None, :]
     written = (line < limit - top)[:, None] & (unit >= 0)[None, :]
     corner = top.to(gl.int64) * HIDDEN
