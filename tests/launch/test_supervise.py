@@ -103,7 +103,8 @@ def test_a_host_that_does_not_stop_is_given_up(monkeypatch):
 
 def launcher(source, before=""):
     """A process that launches one host with this source, and says how that ended."""
-    code = (
+    code = (  # SIGHUP as usual, though these tests may run under nohup
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"{before}import sys;"
         "from tests.launch.test_supervise import run_job, Logs, FakePlace, job;"
         f"outcome = run_job(job(FakePlace('a', {source!r}), patience=60), Logs(None, sys.stdout));"
