@@ -116,19 +116,17 @@ def _logits_backward(
 
     E, D = weight_ED.shape
     dx, dweight = x_TD.new_empty(0), weight_ED.new_empty(0)
-    # Of a gradient that is rounded to bfloat16 afterwards two parts are enough: what is left out is
-    # 2^-15 of the product, a fiftieth of that rounding.
-    whole = weight_ED.dtype == torch.bfloat16
-    parts = 2 if whole else 3
-    part_TX = kernels.split(dlogits_TE.contiguous(), (0, 1) if whole else (2, 0, 1, 0), by_row=True)
+    rounded = (0,) if weight_ED.dtype == torch.float32 else ()  # bfloat16 has nothing rounded off
+    part_TX = kernels.split(dlogits_TE.contiguous(), (2, 0, 1, *rounded), by_row=True)
     if wanted[0]:
-        # Both times the rounded weights, and the first times what was rounded off.
-        pattern = (0, 0) if whole else (0, 0, 1)
+        # Two parts of the gradient times the rounded weights, and the first times what was rounded
+        # off: what is left out is 2^-15 of the product, a fiftieth of bfloat16's own rounding.
+        pattern = (0, 0, 1) if rounded else (0, 0)
         weight_XD = kernels.split(weight_ED.contiguous(), pattern, by_row=False)
-        dx = part_TX[:, -parts * E :] @ weight_XD
+        dx = part_TX[:, E:] @ weight_XD
     if wanted[1]:
-        part_XD = _product(part_TX[:, : parts * E].T, x_TD.contiguous())
-        dweight = part_XD.view(parts, E, D).sum(dim=0).to(weight_ED.dtype)
+        part_XD = _product(part_TX[:, : 3 * E].T, x_TD.contiguous())
+        dweight = part_XD.view(3, E, D).sum(dim=0).to(weight_ED.dtype)
     return dx, dweight
 
 
