@@ -45,6 +45,8 @@ CANDIDATES: dict[str, list[Candidate]] = {
         replace(WIDE, stages=4, group=4),
         replace(WIDE, stages=4),
         replace(WIDE, stages=4, group=16),
+        replace(WIDE, flatten=True),
+        replace(WIDE, stages=4, flatten=True),
     ],
     "down": [
         None,

@@ -57,6 +57,7 @@ def up_project(
         tile.columns,
         tile.depth,
         tile.group,
+        tile.flatten,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

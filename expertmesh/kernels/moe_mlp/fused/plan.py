@@ -38,8 +38,7 @@ class Tile:
         rows: Rows of the output tile, where it is not the plan's.
         chunks: Parts in which the elementwise work behind a product is done.
         registers: Limit per thread, or None.
-        flatten: Whether the next tile's loads start before this one is stored; not of the up
-            projection.
+        flatten: Whether the next tile's loads start before this one is stored.
     """
 
     columns: int
@@ -203,7 +202,7 @@ def default_plan(dtype: torch.dtype, rows: int, *, dim: int, hidden: int, parts:
     copied = _WIDE_SUM if dtype == torch.bfloat16 else math.inf
     return Plan(
         rows=rows,
-        up=replace(tile, columns=_fit(parts * hidden, 256), group=4, flatten=False),
+        up=replace(tile, columns=_fit(parts * hidden, 256)),
         down=replace(tile, columns=_fit(dim, 256)),
         dhidden=dhidden,
         dx=replace(tile, columns=_fit(dim, 256)),

@@ -16,21 +16,6 @@ def row_tile(tile_ptr, index):
 
 
 @triton.jit
-def tile_at(tile_ptr, index, num_rows, num_columns, GROUP: tl.constexpr):
-    """Expert, column, first position and end of the expert's positions, of the tile at ``index``.
-
-    Behind the last tile there is one without positions. A kernel asks for its next tile before it
-    computes one: what it asks for is there then, where it would have waited.
-    """
-    row, column = grouped_order(index, num_rows, num_columns, GROUP)
-    real = index < num_rows * num_columns
-    expert = tl.load(tile_ptr + row * 3, mask=real, other=0)
-    start = tl.load(tile_ptr + row * 3 + 1, mask=real, other=0)
-    stop = tl.load(tile_ptr + row * 3 + 2, mask=real, other=0)
-    return expert, column, start, stop
-
-
-@triton.jit
 def grouped_order(index, num_rows, num_columns, GROUP: tl.constexpr):
     """Row and column of the tile at ``index``: ``GROUP`` rows sweep all columns together.
 
@@ -38,6 +23,6 @@ def grouped_order(index, num_rows, num_columns, GROUP: tl.constexpr):
     """
     span = GROUP * num_columns
     first = (index // span) * GROUP
-    size = max(min(num_rows - first, GROUP), 1)
+    size = min(num_rows - first, GROUP)
     within = index % span
     return first + within % size, within // size

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from expertmesh.kernels.moe_mlp.fused.activations import activate
-from expertmesh.kernels.moe_mlp.fused.raster import tile_at
+from expertmesh.kernels.moe_mlp.fused.raster import grouped_order, row_tile
 from expertmesh.kernels.remembered import remembered
 
 
@@ -32,6 +32,7 @@ def up_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     """``hidden = activation(x[rows] W^T + b)``, gated where ``PARTS`` is 2.
 
@@ -44,15 +45,15 @@ def up_kernel(
     PART: tl.constexpr = COLUMNS // PARTS
     num_columns: tl.constexpr = (HIDDEN + PART - 1) // PART
     num_rows = tl.load(num_tiles_ptr)
-    line = tl.arange(0, ROWS)
-    depth = tl.arange(0, DEPTH)
-    expert, column, start, stop = tile_at(tile_ptr, tl.program_id(0), num_rows, num_columns, GROUP)
-    assignment = _assignments(order_ptr, start + line, stop)
-    for index in range(tl.program_id(0), num_rows * num_columns, tl.num_programs(0)):
-        next_expert, next_column, next_start, next_stop = tile_at(
-            tile_ptr, index + tl.num_programs(0), num_rows, num_columns, GROUP
-        )
-        token = assignment // CHOICES
+    for index in tl.range(
+        tl.program_id(0), num_rows * num_columns, tl.num_programs(0), flatten=FLATTEN
+    ):
+        row, column = grouped_order(index, num_rows, num_columns, GROUP)
+        expert, start, stop = row_tile(tile_ptr, row)
+        position = start + tl.arange(0, ROWS)
+        # Rows beyond the expert's repeat its last: a load without a mask stays asynchronous.
+        token = tl.load(order_ptr + tl.minimum(position, stop - 1)) // CHOICES
+        depth = tl.arange(0, DEPTH)
         x_ptrs = x_ptr + token.to(tl.int64)[:, None] * WIDTH + depth[None, :]
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for begin in range(0, WIDTH, DEPTH):
@@ -64,8 +65,6 @@ def up_kernel(
             weight = weight.reshape(COLUMNS, DEPTH)
             total = tl.dot(x, weight.T, total, input_precision="tf32x3")
 
-        assignment = _assignments(order_ptr, next_start + line, next_stop)
-        position = start + line
         unit = column * PART + tl.arange(0, PART)
         inside = (position < stop)[:, None] & (unit < HIDDEN)[None, :]
         wide = position.to(tl.int64)[:, None]
@@ -93,10 +92,3 @@ def up_kernel(
             hidden = activate(total, ACTIVATION)
         hidden_ptrs = hidden_ptr + wide * HIDDEN + unit[None, :]
         tl.store(hidden_ptrs, hidden.to(out_type), mask=inside)
-        expert, column, start, stop = next_expert, next_column, next_start, next_stop
-
-
-@triton.jit
-def _assignments(order_ptr, position, stop):
-    """Those at the positions; beyond the expert's its last again, for a load without a mask."""
-    return tl.load(order_ptr + tl.minimum(position, tl.maximum(stop - 1, 0)))
