@@ -116,13 +116,11 @@ def _logits_backward(
 
     E, D = weight_ED.shape
     dx, dweight = x_TD.new_empty(0), weight_ED.new_empty(0)
-    rounded = (0,) if weight_ED.dtype == torch.float32 else ()  # bfloat16 has nothing rounded off
-    part_TX = kernels.split(dlogits_TE.contiguous(), (2, 0, 1, *rounded), by_row=True)
+    part_TX = kernels.split(dlogits_TE.contiguous(), (2, 0, 1, 0), by_row=True)
     if wanted[0]:
         # Two parts of the gradient times the rounded weights, and the first times what was rounded
         # off: what is left out is 2^-15 of the product, a fiftieth of bfloat16's own rounding.
-        pattern = (0, 0, 1) if rounded else (0, 0)
-        weight_XD = kernels.split(weight_ED.contiguous(), pattern, by_row=False)
+        weight_XD = kernels.split(weight_ED.contiguous(), (0, 0, 1), by_row=False)
         dx = part_TX[:, E:] @ weight_XD
     if wanted[1]:
         part_XD = _product(part_TX[:, : 3 * E].T, x_TD.contiguous())
