@@ -11,6 +11,7 @@ from expertmesh.errors import UserError, nearest
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 _DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+_NOT_BUILT = "this torch is not built for it"
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,11 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("the meta device computes nothing")
         return torch.empty(0, device=device).device
     except NotImplementedError:
-        reason = "this torch is not built for it"
+        reason = _NOT_BUILT
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
+        # Of some devices a torch without them says only where in its code it gave up.
+        reason = _NOT_BUILT if "INTERNAL ASSERT" in reason else reason
     raise UserError(f"run.device must be {_devices_here()} on this machine, got {name!r}: {reason}")
 
 
