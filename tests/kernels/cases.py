@@ -109,6 +109,11 @@ def strided(case: Case) -> Case:
     )
 
 
+def interleaved(case: Case) -> Case:
+    """The same values, each unit's gate beside its linear half in memory."""
+    return replace(case, up=case.up.transpose(1, 2).contiguous().transpose(1, 2))
+
+
 def assert_differentiable_once(case: Case, backend: str) -> None:
     """A second derivative would be wrong, so it is an error."""
     x = case.x.clone().requires_grad_()

@@ -4,6 +4,7 @@ Tiles are small, so that small problems have many of them, with tails in every d
 is left to the tests on a GPU: the interpreter multiplies it wrongly.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from tests.kernels.cases import (
     assert_differentiable_once,
     assert_equal_to_reference,
     call,
+    interleaved,
     make_case,
     run,
     strided,
@@ -116,8 +118,8 @@ def test_one_gradient_alone(wanted: str) -> None:
 
 def test_interleaved_gate_and_up_are_read_in_place() -> None:
     """A parameter ``(E, F, 2, D)`` passed as ``(E, 2, F, D)``; its gradient has its strides."""
-    case = case_of()
-    up = case.up.transpose(1, 2).contiguous().transpose(1, 2)
+    case = interleaved(case_of())
+    up = case.up
     assert not up.is_contiguous()
     leaves = {**case.tensors, "up": up.requires_grad_()}
     y = call(case, leaves, "triton")
@@ -129,8 +131,8 @@ def test_interleaved_gate_and_up_are_read_in_place() -> None:
 
 
 def test_interleaved_gate_and_up_are_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of()
-    up = case.up.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    case = interleaved(case_of())
+    up = case.up.requires_grad_()
 
     def flattened(operands: MLPOperands) -> None:
         raise AssertionError("flattening these strides copies all matrices")
@@ -182,15 +184,22 @@ def test_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_fake_forward_has_the_shapes_of_the_real(keep: bool) -> None:
-    case = case_of()
-    up_bias, down_bias = case.up_bias, case.down_bias
-    arguments = (
-        case.x, case.expert, case.weight, case.up, case.down, up_bias, down_bias,
-        "silu", torch.float32, keep,
-    )  # fmt: skip
+@pytest.mark.parametrize("order", [replace, interleaved, strided])
+def test_fakes_are_shaped_and_laid_out_as_the_real(
+    order: Callable[[Case], Case], keep: bool
+) -> None:
+    case = order(case_of())
+    given = (case.x, case.weight, case.up, case.down, case.up_bias, case.down_bias)
+    fused, backward = torch.ops.expertmesh.fused_mlp, torch.ops.expertmesh.fused_mlp_backward
+    arguments = (case.x, case.expert, *given[1:], "silu", torch.float32, keep)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.expertmesh.fused_mlp.default, arguments, test_utils=tests)
+    torch.library.opcheck(fused.default, arguments, test_utils=tests)
+    if not keep:
+        return
+    _, *kept = fused(*arguments)
+    for wanted in ([True] * 6, [False] * 6):
+        arguments = (case.dy, *given, *kept, "silu", wanted, False)
+        torch.library.opcheck(backward.default, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize(

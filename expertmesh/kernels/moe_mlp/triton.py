@@ -5,7 +5,6 @@ without looking inside. Triton is imported when they run. They are defined with
 ``torch.library.define``: ``custom_op`` imports the compiler at the first call.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -175,7 +174,7 @@ def _fused_mlp(
         x_RD.contiguous(),
         expert_RK.contiguous(),
         weight_RK.contiguous(),
-        _with_whole_rows(up_EPFD),
+        _from_aligned_start(_with_whole_rows(up_EPFD)),
         _from_aligned_start(down_EDF.contiguous()),
         None if up_bias is None else up_bias.contiguous(),
         None if down_bias_ED is None else down_bias_ED.contiguous(),
@@ -208,7 +207,7 @@ def _fused_mlp_backward(
             _from_aligned_start(dy_RD.to(x_RD.dtype).contiguous()),
             _from_aligned_start(x_RD.contiguous()),
             weight_RK.contiguous(),
-            _with_whole_rows(up_EPFD),
+            _from_aligned_start(_with_whole_rows(up_EPFD)),
             _from_aligned_start(down_EDF.contiguous()),
             None if up_bias is None else up_bias.contiguous(),
             None if down_bias_ED is None else down_bias_ED.contiguous(),
@@ -226,7 +225,7 @@ def _with_whole_rows(up_EPFD: Tensor) -> Tensor:
     whole = up_EPFD.stride(-1) == 1 and all(
         stride * up_EPFD.itemsize % ALIGNMENT == 0 for stride in up_EPFD.stride()[:-1]
     )
-    return _from_aligned_start(up_EPFD if whole else up_EPFD.contiguous())
+    return up_EPFD if whole else up_EPFD.contiguous()
 
 
 def _from_aligned_start(rows: Tensor) -> Tensor:
@@ -252,13 +251,22 @@ def _fused_mlp_fake(
     _, parts, hidden, _ = up_EPFD.shape
     pre_NH = x_RD.new_empty((expert_RK.numel(), parts * hidden) if keep else (0,))
     layout = run.unwritten_layout(x_RD, expert_RK, up_EPFD)
-    return (torch.empty_like(x_RD, dtype=out_dtype), pre_NH, *layout)
+    return (x_RD.new_empty(x_RD.shape, dtype=out_dtype), pre_NH, *layout)
 
 
 @torch.library.register_fake("expertmesh::fused_mlp_backward")
-def _fused_mlp_backward_fake(dy_RD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    operands: Sequence[Tensor | None] = rest[:6]
+def _fused_mlp_backward_fake(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    weight_RK: Tensor,
+    up_EPFD: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, wanted, _ = rest
+    whole = [None if operand is None else operand.contiguous() for operand in rest[:3]]
+    # As laid out by the time the kernels see them, which is how their gradients are.
+    operands = (x_RD.contiguous(), weight_RK.contiguous(), _with_whole_rows(up_EPFD), *whole)
     return tuple(
-        torch.empty_like(operand) if want and operand is not None else dy_RD.new_empty(0)
-        for operand, want in zip(operands, rest[-2], strict=True)
+        torch.empty_like(operand) if want and operand is not None else x_RD.new_empty(0)
+        for operand, want in zip(operands, wanted, strict=True)
     )

@@ -203,14 +203,15 @@ def weight_gradient(
         gathered_NO: The copy by position, if there is one already.
 
     Returns:
-        The gradient in the shape of ``like``; zero for an expert without rows.
+        The gradient, shaped and laid out as ``like``; zero for an expert without rows.
     """
     if tile is None:
         if gathered_NO is None:
             gathered_NO = spread(by_token_RO, layout)
         left, right = (gathered_NO, rows_NH) if flipped else (rows_NH, gathered_NO)
         grouped_mm = torch.nn.functional.grouped_mm
-        return grouped_mm(left.t(), right, offs=layout.offset_E1[1:]).view(like.shape)
+        grad = grouped_mm(left.t(), right, offs=layout.offset_E1[1:]).view(like.shape)
+        return grad if like.is_contiguous() else torch.empty_like(like).copy_(grad)
     if isinstance(tile, Gather):
         from expertmesh.kernels.moe_mlp.fused import launch_gather
 

@@ -103,7 +103,7 @@ def backward(
         ]
     wants_x, wants_weight, wants_up, wants_down, wants_up_bias, wants_down_bias = wanted
     num_experts, choices = down_EDF.shape[0], weight_RK.shape[1]
-    dx = dweight = dup = ddown = dup_bias = ddown_bias = x_RD.new_empty(0)
+    dx = dweight = dup = ddown = dup_bias = ddown_bias = None
     copied = isinstance(plan.dhidden, Turns) and not plan.dhidden.gather
     dy_ND = launch.spread(dy_RD, layout) if copied else None
     dpre_NH, hidden_NF, share_NB = launch.hidden_gradient(
@@ -130,7 +130,8 @@ def backward(
         dup_bias = launch.sum_experts(dpre_NH, layout, num_experts).view_as(up_bias)
     if wants_down_bias:
         ddown_bias = launch.sum_experts(dy_RD, layout, num_experts, weight_RK=weight_RK)
-    return [dx, dweight, dup, ddown, dup_bias, ddown_bias]
+    grads = (dx, dweight, dup, ddown, dup_bias, ddown_bias)
+    return [x_RD.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def unwritten_layout(x_RD: Tensor, expert_RK: Tensor, up_EPFD: Tensor) -> Layout:
