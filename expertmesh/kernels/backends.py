@@ -78,14 +78,20 @@ def choose(backends: Sequence[BackendT], problem: Problem, name: str = "auto") -
         ValueError: If the name is unknown, or the forced backend cannot run the problem.
     """
     if name == "auto":
-        able = None
+        able, reasons = None, []
         for backend in backends:  # asked in turn: each answer costs the host time at every call
-            if backend.refusal(problem) is None:
-                if backend.suits(problem):
-                    return backend
+            reason = backend.refusal(problem)
+            if reason is not None:
+                reasons.append(f"{backend.name}: {reason}")
+            elif backend.suits(problem):
+                return backend
+            else:
                 able = able or backend
         if able is None:
-            raise ValueError(f"no backend runs {problem.dtype} on {problem.device}")
+            where = " in a recorded CUDA graph" if problem.capturing else ""
+            raise ValueError(
+                f"no backend runs {problem.dtype} on {problem.device}{where}; {'; '.join(reasons)}"
+            )
         return able
     for backend in backends:
         if backend.name == name:

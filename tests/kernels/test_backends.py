@@ -36,9 +36,6 @@ def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch, forget_gpus: Callable[[],
     assert choose(MLP_BACKENDS, replace(cuda, dim=63)).name == "loop"
     few = replace(cuda, num_assignments=8, needs_grad=False, dtype=torch.float32)
     assert choose(MLP_BACKENDS, few).name == "gather"
-    recorded = replace(cuda, capturing=True, dtype=torch.float32)
-    assert choose(MLP_BACKENDS, recorded).name == "gather"
-    assert choose(MLP_BACKENDS, replace(cuda, capturing=True)).name == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     forget_gpus()
     assert choose(MLP_BACKENDS, cuda).name == "grouped_mm"
@@ -47,9 +44,35 @@ def test_auto_on_cuda(monkeypatch: pytest.MonkeyPatch, forget_gpus: Callable[[],
     assert choose(MLP_BACKENDS, cuda).name == "loop"
 
 
+def test_auto_in_a_recorded_graph(
+    monkeypatch: pytest.MonkeyPatch, forget_gpus: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    sizes = {"num_assignments": 262_144, "dim": 2048, "hidden": 1024, "num_experts": 64}
+    recorded = replace(CPU, device=torch.device("cuda"), capturing=True, **sizes)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert choose(MLP_BACKENDS, replace(recorded, dtype=dtype)).name == "triton"
+    # Nothing else can be recorded: few choices have their matrices copied, many are an error.
+    wide = replace(recorded, dtype=torch.float64)
+    assert choose(MLP_BACKENDS, replace(wide, num_assignments=512)).name == "gather"
+    with pytest.raises(
+        ValueError, match=r"in a recorded CUDA graph; .*gather: .*12288 GiB.*loop: "
+    ):
+        choose(MLP_BACKENDS, wide)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    forget_gpus()
+    half = replace(recorded, dtype=torch.float16)
+    assert choose(MLP_BACKENDS, half).name == "block_sparse"
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
+        (
+            "gather",
+            {"num_assignments": 2_000_000},
+            "copies the matrices of each of 2000000 choices",
+        ),
         ("grouped_mm", {"dtype": torch.float64}, "takes float32, float16 and bfloat16"),
         ("grouped_mm", {"dim": 63}, "dim must be a multiple of 4 for torch.float32, got 63"),
         ("grouped_mm", {"hidden": 7}, "hidden must be a multiple of 4"),

@@ -16,6 +16,7 @@ from expertmesh.kernels.moe_mlp.problem import MLPBackend, MLPOperands, MLPSpec
 # The most assignments for which ``auto`` copies weights: on an H200 at D=2048, F=1024, K=8, copying
 # was faster than grouped_mm in bfloat16 up to 32 and slower at 64.
 _MOST_ASSIGNMENTS = 32
+_MOST_GIB = 32  # of copied weights; with gradient they are kept until backward
 
 
 class GatherMLP(MLPBackend):
@@ -25,7 +26,16 @@ class GatherMLP(MLPBackend):
     summary: ClassVar[str] = "gathers each assignment's weights; for few rows, CUDA graphs"
 
     def refusal(self, problem: Problem) -> str | None:
-        return "it drops no hidden units" if problem.dropout else None
+        if problem.dropout:
+            return "it drops no hidden units"
+        copied = problem.num_assignments * (problem.num_parts + 1) * problem.dim * problem.hidden
+        gib = copied * problem.dtype.itemsize / 2**30
+        if gib > _MOST_GIB:
+            return (
+                f"it copies the matrices of each of {problem.num_assignments} choices, {gib:.0f} "
+                f"GiB, and takes at most {_MOST_GIB}"
+            )
+        return None
 
     def suits(self, problem: Problem) -> bool:
         """On CUDA without gradient. A CPU has no launches to save, only the copy to pay for."""

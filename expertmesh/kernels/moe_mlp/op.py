@@ -54,7 +54,8 @@ def moe_mlp(
     Grouping rows by expert, the matrix products, the activation and the weighted sum are one
     operation with one gradient. It saves x and the pre-activation. The sum over k runs in float32
     or wider, in a fixed order. Repeated runs on one device give the same bits. Under autocast
-    the products run in the autocast dtype; the output has x's dtype.
+    the products run in the autocast dtype, in which x and the matrices are saved too; the output
+    has x's dtype.
 
     Args:
         x_RD: Rows, ``(R, D)``.

@@ -54,8 +54,9 @@ class FusedMLP(MLPBackend):
     def suits(self, problem: Problem) -> bool:
         """For many rows: with few, reading the weights is what takes time."""
         many = problem.num_assignments >= _FEWEST_ROWS_PER_EXPERT * problem.num_experts
-        narrow = problem.dtype != torch.float32
-        return problem.device.type == "cuda" and narrow and (many or problem.needs_grad)
+        # What else takes float32 cannot be recorded, or copies matrices for each choice.
+        dtype = problem.dtype != torch.float32 or problem.capturing
+        return problem.device.type == "cuda" and dtype and (many or problem.needs_grad)
 
     def run(self, operands: MLPOperands, spec: MLPSpec) -> Tensor:
         up, up_bias = operands.up, operands.up_bias
