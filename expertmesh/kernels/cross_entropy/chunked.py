@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.cross_entropy.reference import PLAIN, CrossEntropy
+from expertmesh.kernels.first_order import first_order
 from expertmesh.uncompiled import uncompiled
 
 # Logits of a chunk: 2**28 are 1 GiB in float32, 1047 tokens at 256,384 words. With fewer tokens
@@ -112,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_T.sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the weight's gradient is as large as the weight. A second backward pass is
         # refused by torch, which sees that what was saved has changed. A tensor of one dimension is

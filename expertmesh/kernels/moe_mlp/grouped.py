@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.activations import hidden_from_parts, hidden_from_parts_vjp
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import cast, without_autocast
+from expertmesh.kernels.first_order import first_order
 from expertmesh.kernels.grouped_gemm import GroupedGemm, TorchGroupedMM
 from expertmesh.kernels.grouped_gemm.torch_grouped_mm import DTYPES
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert
@@ -111,7 +111,7 @@ class _GroupedFunction(torch.autograd.Function):
         return cast(combine(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy_RD.device.type):
             return (*_gradients(ctx, dy_RD), *[None] * 8)

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.activations import hidden_units, hidden_units_vjp
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import cast, without_autocast
+from expertmesh.kernels.first_order import first_order
 from expertmesh.kernels.grouped_gemm import LoopGemm
 from expertmesh.kernels.grouped_gemm.matmul import matmul_transposed, row_multiple
 from expertmesh.kernels.grouping import Grouping, combine_zeroed, group_by_expert
@@ -138,7 +138,7 @@ class _LoopFunction(torch.autograd.Function):
         return cast(combine_zeroed(out_ND, grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         operands, grouping, pre_blocks = _unpack(ctx.saved_tensors)
         with without_autocast(dy_RD.device.type):

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.activations import known_activation
 from expertmesh.kernels.backends import Problem
 from expertmesh.kernels.dtypes import without_autocast
+from expertmesh.kernels.first_order import first_order
 from expertmesh.kernels.moe_mlp.problem import (
     ALIGNMENT,
     MLPBackend,
@@ -127,7 +127,7 @@ class _FusedFunction(torch.autograd.Function):
         return y_RD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:6])
         with without_autocast(dy_RD.device.type):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from expertmesh.kernels.first_order import first_order
 from expertmesh.kernels.router import library  # noqa: F401  defines the operations
 
 
@@ -151,7 +151,7 @@ class _Logits(torch.autograd.Function):
         return logits_TE
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad)
         backward = torch.ops.expertmesh.router_logits_backward
@@ -180,7 +180,7 @@ class _Gates(torch.autograd.Function):
         return score_TE, gate_TK, load_E, norm_T
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any,
         dscore_TE: Tensor | None,
@@ -209,7 +209,7 @@ class _Balance(torch.autograd.Function):
         return product_G
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dproduct_G: Tensor) -> tuple[Tensor | None, ...]:
         fraction_GE, *scores = ctx.saved_tensors
         nothing = (None,) * 3
@@ -230,7 +230,7 @@ class _Sums(torch.autograd.Function):
         return sum_X
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dsum_X: Tensor) -> tuple[Tensor | None, ...]:
         T, E = ctx.shape
         slope_1E = dsum_X[None, E : 2 * E]
@@ -249,7 +249,6 @@ class _Z(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmean: Tensor) -> Tensor:
-        dlogits_TE: Tensor = torch.ops.expertmesh.router_z_backward(*ctx.saved_tensors, dmean)
-        return dlogits_TE
+    @first_order
+    def backward(ctx: Any, dmean: Tensor) -> tuple[Tensor]:
+        return (torch.ops.expertmesh.router_z_backward(*ctx.saved_tensors, dmean),)

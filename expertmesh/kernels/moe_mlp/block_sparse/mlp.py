@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from expertmesh.kernels.activations import hidden_from_parts, hidden_from_parts_vjp
 from expertmesh.kernels.dtypes import cast, without_autocast
+from expertmesh.kernels.first_order import first_order
 from expertmesh.kernels.grouping import combine
 from expertmesh.kernels.moe_mlp.block_sparse.products import (
     dds,
@@ -87,7 +87,7 @@ class _BlockSparseFunction(torch.autograd.Function):
         return cast(combine(out_PD, rows.grouping, weight_RK, spec.sum_dtype), spec.out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy_RD.device.type):
             return (*_gradients(ctx, dy_RD), None, None, None)
