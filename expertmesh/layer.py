@@ -146,7 +146,7 @@ class MoE(nn.Module):
         y_RD = self.experts(sent.x_RD, sent.expert_RK, sent.weight_RK, **drawn)
         y_TD = _tokens(self.dispatcher.combine(y_RD, sent.context), decided, len(x_TD))
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = (y_TD + self.shared(x_TD)).to(x.dtype)
 
         part = self.router.population.sequence_part
         self.meter.count(decided, len(x_TD), padding_T, sequence_length, part)
@@ -170,7 +170,8 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has seen no forward pass; and graphs can be neither copied nor pickled.
-        return self.__dict__ | {"_uncollected": []}
+        fresh = {"_uncollected": [], "meter": RoutingMeter(self.router.num_experts)}
+        return self.__dict__ | fresh
 
     def _draws(self, key: RandomKey | None, x_TD: Tensor) -> Tensor | None:
         """A random number for each token, where the experts drop hidden units."""

@@ -43,8 +43,9 @@ class RoutingMeter:
     """Accumulates counters of one layer's routing.
 
     ``load`` ``(E,)``: choices per expert, those later dropped included; ``tokens``: padding left
-    out; ``choices`` and ``dropped`` ``(16,)``: by relative position in the sequence; ``entropy``:
-    nats summed over tokens; ``max_logit``: the largest absolute router logit.
+    out; ``choices`` ``(16,)``: as many as in ``load``, and ``dropped`` ``(16,)``: by relative
+    position in the sequence; ``entropy``: nats summed over tokens; ``max_logit``: the largest
+    absolute router logit.
 
     Not a module and no buffers: counters must not be cast with the model, be part of its weights,
     or be overwritten by a wrapper that broadcasts buffers. They live where the routing lives.
@@ -77,14 +78,13 @@ class RoutingMeter:
         """
         if is_recompute():
             return
-        if not self._counters:
-            self._counters = self._zeros(routing.load_E.device)
-        counters = self._counters
+        counters = self._counters = self._counters_on(routing.load_E.device)
+        asked_TK = _asked(routing)
         plain = padding_mask is None and part == (0, 1) and routing.token_N is None
         if plain and routing.logits_TE is not None and counts(routing.logits_TE):
             router_count(
                 routing.logits_TE,
-                routing.chosen_TK,
+                asked_TK,
                 routing.dropped_TK,
                 routing.load_E,
                 [counters[name] for name in COUNTERS],
@@ -95,8 +95,8 @@ class RoutingMeter:
         bin_T = _position_bins(num_tokens, sequence_length, part, routing.load_E.device)
         if routing.token_N is not None:
             bin_T = bin_T[routing.token_N]
-        chosen_T = (routing.chosen_TK < routing.num_experts).sum(dim=1)
-        counters["choices"].index_add_(0, bin_T, chosen_T)
+        asked_T = (asked_TK < routing.num_experts).sum(dim=1)
+        counters["choices"].index_add_(0, bin_T, asked_T)
         if routing.dropped_TK is not None:
             counters["dropped"].index_add_(0, bin_T, routing.dropped_TK.sum(dim=1))
         counters["tokens"] += num_tokens if padding_mask is None else (~padding_mask).sum()
@@ -141,6 +141,16 @@ class RoutingMeter:
         for name, counter in self._counters.items():
             counter.copy_(torch.tensor(values[name], dtype=counter.dtype))
 
+    def _counters_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The counters, which follow a layer that was moved to another device."""
+        if not self._counters:
+            return self._zeros(device)
+        if self._counters["load"].device == device:
+            return self._counters
+        with torch.inference_mode(False):
+            return {name: counter.to(device) for name, counter in self._counters.items()}
+
+    @torch.inference_mode(False)  # what is made in inference mode could not be counted on with
     def _zeros(self, device: torch.device) -> dict[str, Tensor]:
         shapes = {
             "load": (self._num_experts,),
@@ -155,6 +165,13 @@ class RoutingMeter:
         for name in ("entropy", "max_logit"):
             counters[name] = torch.zeros((), device=device)
         return counters
+
+
+def _asked(routing: Routing) -> Tensor:
+    """Choices that asked for a slot: not those skipped by rule, nor padding's, which hold E."""
+    if routing.dropped_TK is None:
+        return routing.expert_TK
+    return torch.where(routing.dropped_TK, routing.chosen_TK, routing.expert_TK)
 
 
 def _position_bins(
@@ -178,7 +195,7 @@ class RoutingSummary:
         dead: Experts with less than 10 % of their fair share.
         entropy: Mean entropy of the router's softmax, nats; log E is uniform.
         max_logit: Largest absolute router logit.
-        dropped: Fraction of choices that overflowed their expert's capacity.
+        dropped: Fraction of the choices in ``load`` that overflowed their expert's capacity.
         dropped_by_position: The same by relative position in the sequence, 16 bins.
     """
 

@@ -110,6 +110,15 @@ def test_when_all_drop_the_layer_gives_zero():
         assert (p.grad == 0).all()
 
 
+def test_output_has_the_dtype_of_x_whatever_shared_returns():
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.double()
+
+    moe = MoE(TopKRouter(D, E, 2), GatedMLPExperts(D, 8, E), shared=Wide())
+    assert moe(torch.randn(3, D)).dtype == torch.float32
+
+
 def test_permuting_experts_leaves_the_output():
     moe = make(renormalize="chosen")
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -227,6 +236,7 @@ def test_a_layer_is_copied_without_what_it_has_yet_to_hand_over():
     moe.router.losses = LOSSES
     y = moe(x)
     for other in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+        assert int(other.metrics()["tokens"].value) == 0
         assert torch.equal(other(x), y)
         assert len(other.collect_losses()) == len(LOSSES)
     assert len(moe.collect_losses()) == len(LOSSES)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from expertmesh.metrics import POSITION_BINS, RoutingMeter, summarize
-from expertmesh.routing import Capacity, TopKRouter
+from expertmesh.routing import Capacity, TopKRouter, router_preset
 
 
 def counted(router, x, **arguments):
@@ -40,6 +40,35 @@ def test_drops_by_position_show_who_came_late():
     assert len(summary.dropped_by_position) == POSITION_BINS
     assert summary.dropped_by_position[0] == 0.0
     assert summary.dropped_by_position[-1] > 0.8
+
+
+def test_choices_that_a_rule_skips_asked_for_no_slot():
+    torch.manual_seed(0)
+    router = router_preset("st_moe", dim=8, num_experts=4, capacity=Capacity(factor=0.3))
+    meter, routing = counted(router, 100 * torch.randn(512, 8))
+    metrics = meter.read()
+    asked = int(metrics["load"].value.sum())
+    assert asked < 2 * 512
+    assert int(metrics["choices"].value.sum()) == asked
+    assert summarize(metrics).dropped == pytest.approx(int(routing.num_dropped) / asked)
+
+
+def test_counts_on_after_inference_mode():
+    router = TopKRouter(4, 3, 2)
+    with torch.inference_mode():
+        meter, _ = counted(router, torch.randn(8, 4))
+    routing = router(torch.randn(5, 4))
+    meter.count(routing, 5, None, None)
+    with torch.inference_mode():
+        meter.count(routing, 5, None, None)
+    assert sum(summarize(meter.read()).load) == 2 * (8 + 5 + 5)
+
+
+def test_counters_follow_the_layer_to_another_device():
+    router = TopKRouter(4, 3, 2)
+    meter, _ = counted(router, torch.randn(8, 4))
+    meter.count(router.to("meta")(torch.randn(8, 4, device="meta")), 8, None, None)
+    assert {metric.value.device.type for metric in meter.read().values()} == {"meta"}
 
 
 def test_padding_is_left_out():
