@@ -73,6 +73,16 @@ def test_auto_in_a_recorded_graph(
             {"num_assignments": 2_000_000},
             "copies the matrices of each of 2000000 choices",
         ),
+        (
+            "decode",
+            {"needs_grad": False, "num_assignments": 8, "hidden": 65_536},
+            "hidden must be at most 65535",
+        ),
+        (
+            "triton",
+            {"num_assignments": 2**29 + 1},
+            r"at most 2\^29 choices of experts, got 536870913",
+        ),
         ("grouped_mm", {"dtype": torch.float64}, "takes float32, float16 and bfloat16"),
         ("grouped_mm", {"dim": 63}, "dim must be a multiple of 4 for torch.float32, got 63"),
         ("grouped_mm", {"hidden": 7}, "hidden must be a multiple of 4"),

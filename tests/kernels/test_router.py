@@ -273,7 +273,8 @@ def test_counters_by_kernels(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "num_experts", "k", "size"), [(1, 4, 2, 1), (40, 6, 1, 20), (300, 5, 3, 300)]
+    ("tokens", "num_experts", "k", "size"),
+    [(1, 4, 2, 1), (40, 6, 1, 20), (300, 5, 3, 300), (1200, 5, 2, 600)],
 )
 def test_load_times_probability(tokens: int, num_experts: int, k: int, size: int) -> None:
     score = normal(tokens, num_experts, seed=8).exp().requires_grad_()

@@ -22,6 +22,10 @@ MOST_ASSIGNMENTS = 2048
 """More than this is not decoding; the grouping compares every pair of assignments."""
 
 
+_MOST_PROGRAMS = 65535
+"""Along a launch's second axis, where outputs and experts lie."""
+
+
 def _one_by_one(num_assignments: int, num_experts: int) -> bool:
     """Whether each assignment gets programs of its own: then few of them share an expert."""
     return num_assignments <= max(1, min(64, num_experts // 2))
@@ -40,6 +44,10 @@ class DecodeMLP(MLPBackend):
             return f"it takes bfloat16, float16 and float32, not {problem.dtype}"
         if problem.num_assignments > MOST_ASSIGNMENTS:
             return f"it takes at most {MOST_ASSIGNMENTS} assignments, not {problem.num_assignments}"
+        sizes = {"dim": problem.dim, "hidden": problem.hidden, "num_experts": problem.num_experts}
+        for name, size in sizes.items():
+            if size > _MOST_PROGRAMS:
+                return f"{name} must be at most {_MOST_PROGRAMS}, got {size}"
         if problem.activation is None:
             return "it knows plain activations by name, neither clamped_swiglu nor callables"
         if problem.dropout:

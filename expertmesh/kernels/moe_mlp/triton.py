@@ -26,6 +26,7 @@ from expertmesh.kernels.triton_support import capability, on_its_device, triton_
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
 _MOST_EXPERTS = 4095  # their counts, sentinel included, are one program's to sort
+_MOST_ASSIGNMENTS = 2**29  # the layout's tables of counts are addressed in 32 bits
 _FEWEST_ROWS_PER_EXPERT = 8  # below, tiles of 64 rows are mostly empty
 
 
@@ -49,6 +50,8 @@ class FusedMLP(MLPBackend):
             return f"it takes bfloat16, float16 and float32, not {problem.dtype}"
         if problem.num_experts > _MOST_EXPERTS:
             return f"it takes at most {_MOST_EXPERTS} experts, got {problem.num_experts}"
+        if problem.num_assignments > _MOST_ASSIGNMENTS:
+            return f"it takes at most 2^29 choices of experts, got {problem.num_assignments}"
         return misaligned(problem) or _device_refusal(problem)
 
     def suits(self, problem: Problem) -> bool:

@@ -138,8 +138,10 @@ def _backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
-    within = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Groups and blocks share the grid's first axis: the others end at 65535.
+    blocks = tl.cdiv(size, BLOCK_T)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    within = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     inside = (within < size)[:, None] & (e < E)[None, :]
     cell = (group * size + within)[:, None] * E + e[None, :]
@@ -206,7 +208,7 @@ def balance_backward(
     width = max(2, power_of_2(E))
     rows = max(1, _CELLS // width)
     dscore_TE = torch.empty_like(score_TE)
-    _backward_kernel[(len(fraction_GE), ceil_div(size, rows))](
+    _backward_kernel[(len(fraction_GE) * ceil_div(size, rows),)](
         score_TE, fraction_GE, dproduct_G, dscore_TE, size, E, rows, width, num_warps=8
     )
     return dscore_TE

@@ -70,9 +70,9 @@ def dweight_kernel(
         result = total.to(out_ptr.dtype.element_ty)
         if FLIP:
             inside = (outer < OUTER)[:, None] & (inner < INNER)[None, :]
-            out_ptrs = base + outer[:, None] * stride_outer + inner[None, :]
+            out_ptrs = base + outer.to(tl.int64)[:, None] * stride_outer + inner[None, :]
             tl.store(out_ptrs, result.T, mask=inside)
         else:
             inside = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
-            out_ptrs = base + inner[:, None] * stride_inner + outer[None, :]
+            out_ptrs = base + inner.to(tl.int64)[:, None] * stride_inner + outer[None, :]
             tl.store(out_ptrs, result, mask=inside)
