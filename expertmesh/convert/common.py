@@ -12,6 +12,7 @@ from expertmesh.convert.check import unlike, usual_experts
 from expertmesh.convert.family import EXPERT_DROPOUT, Family
 from expertmesh.convert.layout import Layout, Piece
 from expertmesh.convert.pieces import experts_apart, experts_stacked, in_a_row
+from expertmesh.convert.rope import rope_theta
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig
 
@@ -25,7 +26,7 @@ _NEEDED = (
     "num_experts_per_tok",
 )
 # What no decoder here is, where a key says it.
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False}
 # Options of the router that keys of every family say.
 _SAID = ("balance_coef",)
 
@@ -46,6 +47,22 @@ class ExpertNames(NamedTuple):
     down: str
 
 
+class UsualKeys(NamedTuple):
+    """What keys mean that are missing, as in transformers' class of the family.
+
+    Attributes:
+        num_key_value_heads: None is as many as heads.
+        num_experts_per_tok: K.
+        max_position_embeddings: Longest sequence.
+        rms_norm_eps: Of every norm.
+    """
+
+    num_key_value_heads: int | None
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+
+
 class LlamaLike(Family):
     """LLaMA's decoder with experts in place of some of its MLPs.
 
@@ -55,6 +72,8 @@ class LlamaLike(Family):
         experts: Names in published files.
         qk_norm: As in ``DecoderConfig``.
         router: The router's preset.
+        usual: What missing keys mean, where families differ.
+        usual_theta: Likewise the base of the rotary wavelengths.
         said: Values of the router's options that keys of this family alone say.
     """
 
@@ -64,15 +83,18 @@ class LlamaLike(Family):
     experts: ExpertNames
     qk_norm: Literal["none", "head", "full"]
     router: str
+    usual: UsualKeys
+    usual_theta: float
     said: tuple[tuple[str, Any], ...] = ()
 
     def recognises(self, keys: Mapping[str, Any]) -> bool:
         return keys.get("model_type") == self.model_type
 
     def decoder_config(self, keys: Mapping[str, Any]) -> DecoderConfig:
+        keys = {**self.usual._asdict(), **keys}
         check_keys(keys, self.name)
         try:
-            fields = shared_fields(keys) | self.own_fields(keys)
+            fields = shared_fields(keys, self.usual_theta) | self.own_fields(keys)
         except KeyError as error:
             raise _lacking(str(error.args[0]), self.name) from error
         options = dict(keys.get("router_options", {})) | fields.pop("router_options")
@@ -174,9 +196,6 @@ def check_keys(keys: Mapping[str, Any], name: str) -> None:
     if missing := [key for key in _NEEDED if keys.get(key) is None]:
         raise _lacking(", ".join(missing), name)
     refuse(keys, _FIXED, name)
-    kind = (keys.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind != "default":
-        raise UserError(f"rope_type = {kind!r} is not supported (expected 'default')")
 
 
 def _lacking(missing: str, name: str) -> UserError:
@@ -189,11 +208,10 @@ def refuse(keys: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> Non
         raise UserError(f"{name} is not supported with {wrong}")
 
 
-def shared_fields(keys: Mapping[str, Any]) -> dict[str, Any]:
+def shared_fields(keys: Mapping[str, Any], usual_theta: float) -> dict[str, Any]:
     """Fields of ``DecoderConfig`` that the common keys say."""
     dim, heads = keys["hidden_size"], keys["num_attention_heads"]
-    kv_heads, head_dim = keys.get("num_key_value_heads"), keys.get("head_dim")
-    rope = keys.get("rope_parameters") or {}
+    kv_heads, head_dim = keys["num_key_value_heads"], keys.get("head_dim")
     return {
         "vocab_size": keys["vocab_size"],
         "dim": dim,
@@ -201,9 +219,9 @@ def shared_fields(keys: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": None if kv_heads == heads else kv_heads,
         "head_dim": None if head_dim in (None, dim // heads) else head_dim,
-        "rope_theta": float(keys.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        "max_seq_len": keys.get("max_position_embeddings", 2048),
-        "norm_eps": keys.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope_theta(keys, usual_theta),
+        "max_seq_len": keys["max_position_embeddings"],
+        "norm_eps": keys["rms_norm_eps"],
         "experts_per_token": keys["num_experts_per_tok"],
         "tied_embeddings": bool(keys.get("tie_word_embeddings", False)),
         "init_std": keys.get("initializer_range", 0.02),
@@ -222,6 +240,8 @@ def shared_keys(config: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
         "hidden_act": "silu",
+        # transformers 4 knows this key alone, and 5 follows the table. Reading refuses two values,
+        # so that an edit of one is not in vain.
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": config.max_seq_len,

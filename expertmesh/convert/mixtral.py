@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, final
 
-from expertmesh.convert.common import ExpertNames, LlamaLike
+from expertmesh.convert.common import ExpertNames, LlamaLike, UsualKeys
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig
 
@@ -23,9 +23,16 @@ class Mixtral(LlamaLike):
     )
     qk_norm = "none"
     router = "mixtral"
+    usual = UsualKeys(
+        num_key_value_heads=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+    )
+    usual_theta = 1e6
 
     def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:
-        window, longest = keys.get("sliding_window"), keys.get("max_position_embeddings", 0)
+        window, longest = keys.get("sliding_window"), keys["max_position_embeddings"]
         if window is not None and window < longest:
             raise UserError(
                 f"mixtral is not supported with sliding_window = {window} below "

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, final
 
-from expertmesh.convert.common import ExpertNames, LlamaLike, refuse
+from expertmesh.convert.common import ExpertNames, LlamaLike, UsualKeys, refuse
 from expertmesh.models import DecoderConfig
 
 
@@ -22,6 +22,13 @@ class Olmoe(LlamaLike):
     )
     qk_norm = "full"
     router = "olmoe"
+    usual = UsualKeys(
+        num_key_value_heads=None,
+        num_experts_per_tok=8,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+    usual_theta = 1e4
 
     def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:
         refuse(keys, {"clip_qkv": None, "norm_topk_prob": False}, self.name)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, final
 
-from expertmesh.convert.common import ExpertNames, LlamaLike, refuse
+from expertmesh.convert.common import ExpertNames, LlamaLike, UsualKeys, refuse
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig
 
@@ -23,6 +23,13 @@ class Qwen3Moe(LlamaLike):
     )
     qk_norm = "head"
     router = "qwen3_moe"
+    usual = UsualKeys(
+        num_key_value_heads=4,
+        num_experts_per_tok=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+    )
+    usual_theta = 1e4
     said = (("renormalize", "no"), ("renormalize", "chosen"))
 
     def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from expertmesh.convert.check import unlike, usual_experts
 from expertmesh.convert.family import EXPERT_DROPOUT
+from expertmesh.convert.rope import rope_theta
 from expertmesh.errors import UserError, nearest
 from expertmesh.models import DecoderConfig
 from expertmesh.routing import Capacity
@@ -47,7 +48,6 @@ _FIXED: dict[str, Any] = {
     "router_noisy_policy": None,
     "tie_word_embeddings": False,
     "attention_bias": False,
-    "rope_scaling": None,
 }
 _MODE = "router_capacity_mode"
 
@@ -95,7 +95,7 @@ def decoder_config(keys: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=_other(keys.get("num_key_value_heads"), keys["num_attention_heads"]),
         head_dim=keys["head_dim"],
         attention_scale=1.0,
-        rope_theta=float(_rope_theta(keys)),
+        rope_theta=rope_theta(keys, 10000.0),
         max_seq_len=keys.get("max_position_embeddings", 2048),
         norm_eps=keys.get("rms_norm_eps", 1e-6),
         mlp="doubly_gated",
@@ -231,14 +231,6 @@ def _capacity_keys(capacity: Any) -> dict[str, Any]:
         f"OpenMoE's config.json cannot say router_options.capacity = {capacity!r}; set one of "
         f"{', '.join(OPENMOE_CAPACITIES)}, or leave it out"
     )
-
-
-def _rope_theta(keys: Mapping[str, Any]) -> Any:
-    # transformers 5 writes it within a table.
-    table = keys.get("rope_parameters") or {}
-    if (kind := table.get("rope_type", "default")) != "default":
-        raise UserError(f"OpenMoE has no rope_type = {kind!r} (expected 'default')")
-    return keys.get("rope_theta", table.get("rope_theta", 10000.0))
 
 
 def _other(value: Any, usual: Any) -> Any:
