@@ -26,7 +26,7 @@ _NEEDED = (
     "num_experts_per_tok",
 )
 # What no decoder here is, where a key says it.
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False}
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 # Options of the router that keys of every family say.
 _SAID = ("balance_coef",)
 

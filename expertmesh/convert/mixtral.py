@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, final
 
-from expertmesh.convert.common import ExpertNames, LlamaLike, UsualKeys
+from expertmesh.convert.common import ExpertNames, LlamaLike, UsualKeys, refuse
 from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig
 
@@ -32,6 +32,7 @@ class Mixtral(LlamaLike):
     usual_theta = 1e6
 
     def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        refuse(keys, {"router_jitter_noise": 0.0}, self.name)
         window, longest = keys.get("sliding_window"), keys["max_position_embeddings"]
         if window is not None and window < longest:
             raise UserError(

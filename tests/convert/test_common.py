@@ -73,6 +73,10 @@ def test_one_of_two_places_for_theta_is_not_edited_in_vain(preset: str) -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
+        ("mixtral", {"attention_dropout": 0.1}, r"attention_dropout = 0.1 \(expected 0.0\)"),
+        ("olmoe", {"attention_dropout": 0.1}, r"attention_dropout = 0.1 \(expected 0.0\)"),
+        ("qwen3-moe", {"attention_dropout": 0.1}, r"attention_dropout = 0.1 \(expected 0.0\)"),
+        ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise = 0.1 \(expected 0.0\)"),
         (
             "mixtral",
             {"sliding_window": 4096, "max_position_embeddings": None},

@@ -48,6 +48,7 @@ _FIXED: dict[str, Any] = {
     "router_noisy_policy": None,
     "tie_word_embeddings": False,
     "attention_bias": False,
+    "attention_dropout": 0.0,
 }
 _MODE = "router_capacity_mode"
 

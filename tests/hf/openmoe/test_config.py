@@ -82,6 +82,7 @@ def test_routing_is_dropless_by_default() -> None:
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"gated": False}, "mlp_gated"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"head_dim": None}, "head_dim"),
     ],
 )
