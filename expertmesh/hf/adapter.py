@@ -40,7 +40,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
@@ -51,7 +51,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         """Logits, and the loss if there are labels.
 
         Args:
-            input_ids: ``(B, S)``.
+            input_ids: ``(B, S)``, always needed.
             attention_mask: ``(B, P + S)``, 0 at padding on either side.
             past_key_values: Cache of the P positions before, which grows, as ``DynamicCache`` does.
             use_cache: Make a cache if none is given.
@@ -62,10 +62,10 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                 for the loss. ``return_dict`` is taken as True.
 
         Raises:
-            UserError: For embeddings in place of ids, if states or attention are to be returned,
-                and for a cache of a fixed length.
+            UserError: Without ids, for embeddings in place of them, if states or attention are to
+                be returned, and for a cache of a fixed length.
         """
-        check_arguments(past_key_values, kwargs)
+        input_ids = check_arguments(input_ids, past_key_values, kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden = self.model.hidden(
@@ -110,11 +110,14 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                 )
 
 
-def check_arguments(cache: Any, kwargs: Mapping[str, Any]) -> None:
+def check_arguments(input_ids: Tensor | None, cache: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """Refuse what would be passed over in silence, or lead to wrong numbers.
 
+    Returns:
+        The ids.
+
     Raises:
-        UserError: If there is such an argument.
+        UserError: If there is such an argument, or no ids.
     """
     for name in _REFUSED:
         # False says what is the case anyway.
@@ -125,6 +128,9 @@ def check_arguments(cache: Any, kwargs: Mapping[str, Any]) -> None:
             f"a cache of fixed length is not supported, got a {type(cache).__name__}; use "
             "DynamicCache, and leave cache_implementation out"
         )
+    if input_ids is None:
+        raise UserError("input_ids are missing; give ids of shape (B, S)")
+    return input_ids
 
 
 def padding_of(attention_mask: Tensor | None) -> Tensor | None:

@@ -213,6 +213,10 @@ def test_embeddings_in_place_of_ids_are_refused(decoder: DecoderLM, prompt: Tens
     embedded = decoder.embedding(prompt)
     with pytest.raises(UserError, match="inputs_embeds is not supported"):
         as_transformers(decoder).generate(inputs_embeds=embedded, **GREEDY)
+    with pytest.raises(UserError, match="inputs_embeds is not supported"):
+        as_transformers(decoder)(inputs_embeds=embedded)
+    with pytest.raises(UserError, match=r"input_ids are missing; give ids of shape \(B, S\)"):
+        as_transformers(decoder)(attention_mask=torch.ones(2, 4))
 
 
 def test_a_cache_of_fixed_length_is_refused(decoder: DecoderLM, prompt: Tensor) -> None:

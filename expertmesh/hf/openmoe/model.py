@@ -93,7 +93,7 @@ class OpenMoeForCausalLM(WithinPositions):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
@@ -115,7 +115,7 @@ class OpenMoeForCausalLM(WithinPositions):
         Raises:
             UserError: If there are more positions than the model has, and as of every decoder.
         """
-        check_arguments(past_key_values, kwargs)
+        input_ids = check_arguments(input_ids, past_key_values, kwargs)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         self._check_positions(past + input_ids.shape[1], attention_mask)
         return super().forward(

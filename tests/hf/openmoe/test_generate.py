@@ -133,3 +133,5 @@ def test_embeddings_in_place_of_ids_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="inputs_embeds is not supported"):
         model.generate(inputs_embeds=decoder.embedding(tokens), **GREEDY)
+    with pytest.raises(UserError, match="inputs_embeds is not supported"):
+        model(inputs_embeds=decoder.embedding(tokens))
