@@ -22,6 +22,9 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
         config: transformers' side of the configuration.
         shape: The decoder's.
         model: A decoder to share; None builds one.
+
+    Raises:
+        UserError: If another ``attn_implementation`` than ``"sdpa"`` is asked for.
     """
 
     base_model_prefix = "model"
@@ -29,10 +32,12 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
     # transformers' own attributes: what stays on one device, and what finds its device itself.
     _no_split_modules = ["DenseBlock", "MoEBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
 
     def __init__(
         self, config: PreTrainedConfig, shape: DecoderConfig, model: DecoderLM | None
     ) -> None:
+        check_attention(config)
         super().__init__(config)
         self.model = DecoderLM(shape) if model is None else model
         self._has_values = not self.model.embedding.weight.is_meta
@@ -108,6 +113,20 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin, ABC):
                     f"the checkpoint has no {name} for a {type(module).__name__}; "
                     "expected every weight of the model, so it may be of another one"
                 )
+
+
+def check_attention(config: PreTrainedConfig) -> None:
+    """Refuse an implementation of attention that would change nothing.
+
+    Raises:
+        UserError: If one is asked for that is not ours.
+    """
+    asked = config._attn_implementation
+    if asked not in (None, "sdpa"):
+        raise UserError(
+            f"attn_implementation must be 'sdpa', got {asked!r}; attention here is torch's "
+            "scaled_dot_product_attention, so leave it out"
+        )
 
 
 def check_arguments(input_ids: Tensor | None, cache: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -12,8 +12,13 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.generation import BaseStreamer
 
 from expertmesh.errors import UserError
-from expertmesh.hf import ExpertmeshForCausalLM, as_transformers
-from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.hf import (
+    ExpertmeshConfig,
+    ExpertmeshForCausalLM,
+    OpenMoeConfig,
+    as_transformers,
+)
+from expertmesh.models import DecoderConfig, DecoderLM, decoder_preset
 from tests.models.conftest import GROUPED, SHAPES
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -226,3 +231,26 @@ def test_a_cache_of_fixed_length_is_refused(decoder: DecoderLM, prompt: Tensor) 
         model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=16))
     with pytest.raises(UserError, match="leave cache_implementation out"):
         model.generate(prompt, cache_implementation="static", **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ExpertmeshConfig.of(DecoderConfig(**GROUPED)),
+        OpenMoeConfig.of(decoder_preset("openmoe-test")),
+    ],
+    ids=["expertmesh", "openmoe"],
+)
+def test_attention_is_sdpa_and_nothing_else(shape: Any, tmp_path: Path) -> None:
+    shape.save_pretrained(tmp_path)
+
+    def build(name: str | None) -> Any:
+        config = type(shape).from_pretrained(tmp_path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=name)
+
+    for name in (None, "sdpa"):
+        assert build(name).config._attn_implementation == "sdpa"
+    for name in ("eager", "flash_attention_2", "flex_attention"):
+        with pytest.raises(UserError, match=f"must be 'sdpa', got '{name}'"):
+            build(name)
