@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AddedToken, SentencePieceBackend
 
+from expertmesh.data.tokenizer import without_surrogates
 from expertmesh.errors import UserError, require
 
 DEFAULT_SYSTEM = "You are a helpful, respectful and honest assistant."
@@ -87,6 +88,25 @@ class OpenMoeTokenizer(SentencePieceBackend):
         for token in (*self._added_tokens_encoder, *(unique_no_split_tokens or ())):
             if token != _END:
                 self.tokens_trie.add(token)
+
+    def tokenize(  # type: ignore[override]  # the base of tokenizers in Python has these
+        self, text: str, **kwargs: Any
+    ) -> list[str]:
+        """Pieces and special tokens of a text.
+
+        Args:
+            text: "?" takes the place of a lone surrogate, as in the text that models train on.
+            kwargs: transformers' own.
+        """
+        text = without_surrogates(text)
+        parts = self.tokens_trie.split(text)
+        # transformers looks at all parts for special tokens again, not at those it split at alone.
+        if _END not in parts:
+            return list(super().tokenize(text, **kwargs))
+        found: list[str] = []
+        for part in parts:
+            found += self._tokenize(part) if part == _END else super().tokenize(part, **kwargs)
+        return found
 
     def _convert_id_to_token(self, index: int) -> str:
         """Called by transformers; the model has more ids than there are pieces and sentinels."""

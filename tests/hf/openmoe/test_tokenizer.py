@@ -59,6 +59,19 @@ def test_marks_within_a_text_are_text_and_sentinels_are_not(small: OpenMoeTokeni
     assert ids == [0, *encode("a"), size + 1, *encode(" go")]
 
 
+def test_an_end_mark_alone_is_text_too(small: OpenMoeTokenizer) -> None:
+    pieces = small.sp_model.encode("</s>")
+    assert small("</s>")["input_ids"] == [0, *pieces]
+    assert small("<pad></s><pad>a")["input_ids"] == [0, 0, *pieces, 0, *small.sp_model.encode("a")]
+    assert small.decode([0, *pieces], skip_special_tokens=True) == "</s>"
+    # Ids are named as before: the end that is written stays the token.
+    assert small.convert_tokens_to_ids("</s>") == 1
+
+
+def test_half_a_character_is_a_question_mark(small: OpenMoeTokenizer) -> None:
+    assert small("a\ud83d b")["input_ids"] == small("a? b")["input_ids"]
+
+
 def test_decoding_gives_the_text_back(small: OpenMoeTokenizer) -> None:
     text = "what is ½ of it?\n\nforty two  élan"
     ids = small(text)["input_ids"]
