@@ -149,9 +149,16 @@ class _Chat:
             return ids, room, kept
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:
-        encoded = self.model.tokenizer.apply_chat_template(
-            [*self.system, *turns], add_generation_prompt=True, return_dict=True
-        )
+        try:
+            encoded = self.model.tokenizer.apply_chat_template(
+                [*self.system, *turns], add_generation_prompt=True, return_dict=True
+            )
+        # A template is code of the folder's: many refuse roles in words of their own.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--model {self.args.model}: its chat template cannot be filled: {reason}"
+            ) from error
         return [int(token) for token in encoded["input_ids"]]
 
     def _stops(self, num_prompt: int) -> tuple[list[Sequence[int]], Any]:

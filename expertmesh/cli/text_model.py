@@ -55,10 +55,16 @@ class TextModel:
             what: The prompt's name, for messages.
 
         Raises:
-            UserError: If there are too few for the prompt, or for what was asked.
+            UserError: If there are too few for the prompt, or for what was asked, or there is
+                nothing to go on from.
         """
         from expertmesh.errors import UserError
 
+        if num_prompt == 0:
+            raise UserError(
+                f"{what} must have at least one token, got none, and the tokenizer has no "
+                "bos_token or eos_token to begin with; give some text"
+            )
         if self.positions is None:
             return usual if asked is None else asked
         room = self.positions - num_prompt

@@ -116,7 +116,7 @@ def test_on_a_terminal_a_mistake_ends_nothing(
     assert captured.out == f"{expected}\n\n"
 
 
-def test_a_model_without_a_chat_template_is_refused(
+def test_a_chat_template_that_is_missing_or_gives_nothing_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tokenizers import Tokenizer
@@ -136,6 +136,14 @@ def test_a_model_without_a_chat_template_is_refused(
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
     assert chat(monkeypatch, str(tmp_path), "a\n") == 2
     assert "has no chat template" in capsys.readouterr().err
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ '' }}")
+    assert chat(monkeypatch, str(tmp_path), "a\n") == 2
+    assert "error: the message must have at least one token, got none" in capsys.readouterr().err
+    template.write_text("{{ raise_exception('System role\\nnot supported') }}")
+    assert chat(monkeypatch, str(tmp_path), "a\n", "--system", "b") == 2
+    said = "its chat template cannot be filled: System role not supported\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.slow

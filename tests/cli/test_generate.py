@@ -177,6 +177,12 @@ def test_llamas_folder_writes_text(
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
     assert main(["generate", "--model", str(tmp_path), "--prompt", "a b"]) == 0
     assert capsys.readouterr().out.startswith("a b")
+    # An empty text begins with the end of the one before, if there is such a token.
+    assert main(["generate", "--model", str(tmp_path)]) == 0
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    assert main(["generate", "--model", str(tmp_path)]) == 2
+    said = "--prompt must have at least one token, got none, and the tokenizer has no bos_token"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
