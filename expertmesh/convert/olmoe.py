@@ -22,6 +22,7 @@ class Olmoe(LlamaLike):
     )
     qk_norm = "full"
     router = "olmoe"
+    said = (("renormalize", "no"), ("renormalize", "chosen"))
     usual = UsualKeys(
         num_key_value_heads=None,
         num_experts_per_tok=8,
@@ -31,18 +32,21 @@ class Olmoe(LlamaLike):
     usual_theta = 1e4
 
     def own_fields(self, keys: Mapping[str, Any]) -> dict[str, Any]:
-        refuse(keys, {"clip_qkv": None, "norm_topk_prob": False}, self.name)
+        refuse(keys, {"clip_qkv": None}, self.name)
+        # Of two rules under which it is true, our own key says which.
+        named = "renormalize" in keys.get("router_options", {})
+        chosen = keys.get("norm_topk_prob") and not named
         return {
             "num_experts": keys.get("num_experts", keys.get("num_local_experts", 64)),
             "expert_hidden": keys["intermediate_size"],
-            "router_options": {},
+            "router_options": {"renormalize": "chosen"} if chosen else {},
         }
 
     def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
         return {
             "num_experts": config.num_experts,
             "intermediate_size": config.expert_hidden,
-            "norm_topk_prob": False,
+            "norm_topk_prob": config.router_options.get("renormalize", "no") != "no",
             "clip_qkv": None,
             "attention_bias": False,
         }

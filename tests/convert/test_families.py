@@ -41,6 +41,7 @@ SIZES: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "rope_theta": 500.0},
     "olmoe": {"num_experts": 4},
+    "olmoe-normalised": {"num_experts": 4, "norm_topk_prob": True},
     "olmoe-tied": {"num_experts": 4, "tie_word_embeddings": True},
     "qwen3-moe": {
         "num_experts": 4,
@@ -220,7 +221,6 @@ def test_without_dropout_in_experts_no_key_speaks_of_it(preset: str) -> None:
         ("mixtral", {"intermediate_size": None}, r"no intermediate_size; expected mixtral's"),
         ("qwen3-moe", {"moe_intermediate_size": None}, r"no moe_intermediate_size; expected qw"),
         ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv = 8.0 \(expected None\)"),
-        ("olmoe", {"norm_topk_prob": True}, r"norm_topk_prob = True \(expected False\)"),
         ("olmoe", {"rope_parameters": {"rope_type": "yarn"}}, r"rope_type = 'yarn'"),
         ("qwen3-moe", {"use_sliding_window": True}, r"use_sliding_window = True"),
         ("qwen3-moe", {"mlp_only_layers": [1]}, r"not with mlp_only_layers = \[1\]"),
