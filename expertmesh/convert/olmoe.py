@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from expertmesh.convert.common import ExpertNames, LlamaLike, UsualKeys, refuse
+from expertmesh.errors import UserError
 from expertmesh.models import DecoderConfig
 
 
@@ -50,6 +51,15 @@ class Olmoe(LlamaLike):
             "clip_qkv": None,
             "attention_bias": False,
         }
+
+    def check(self, config: DecoderConfig) -> None:
+        super().check(config)
+        # Its norms of queries and keys are as long as the model is wide, whatever head_dim says.
+        if config.head_width != (usual := config.dim // config.num_heads):
+            raise UserError(
+                f"olmoe has no model with head_dim = {config.head_dim} (expected {usual}: "
+                "dim / num_heads)"
+            )
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | {"moe_every": 1, "first_dense": 0}

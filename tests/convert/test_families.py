@@ -251,6 +251,10 @@ def test_what_cannot_be_honoured_is_an_error(
             r"mixtral has no model with expert_form = 'scaled_input' \(expected 'auto'\)",
         ),
         (
+            dataclasses.replace(decoder_preset("olmoe-1b-7b"), head_dim=64),
+            r"olmoe has no model with head_dim = 64 \(expected 128: dim / num_heads\)",
+        ),
+        (
             dataclasses.replace(decoder_preset("openmoe-test"), expert_form="scaled_input"),
             r"cannot say expert_form = 'scaled_input' \(expected 'auto'\)",
         ),
