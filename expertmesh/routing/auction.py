@@ -7,6 +7,8 @@ balanced already. Free tokens are few from the first round on, so rounds are che
 Defined with ``torch.library.define`` as ``decision`` is: compiled code calls it as one operation.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def balanced_assignment(
     possible, span the largest value minus the smallest; a hundredth of that is usual.
 
     Args:
-        value_NE: ``(N, E)`` finite values.
+        value_NE: ``(N, E)``. A token that has a value which is not finite takes any seat.
         padding_mask: bool ``(N,)``, True for tokens that do not take part, or None.
         tolerance: The auction's least raise over the span.
 
@@ -60,6 +62,8 @@ def _assign(value_NE: Tensor, tolerance: float) -> Tensor:
     if num_tokens == 0 or num_experts == 1:
         return value_NE.new_zeros(num_tokens, dtype=torch.int64)
     span = float(value_NE.max() - value_NE.min())
+    if not math.isfinite(span):
+        value_NE, span = _with_indifferent(value_NE)
     seats = -(-num_tokens // num_experts)
     # Rows that value every expert alike fill the seats that would stay empty: where every seat is
     # taken, an auction may start from any prices.
@@ -69,6 +73,18 @@ def _assign(value_NE: Tensor, tolerance: float) -> Tensor:
         return torch.arange(num_tokens, device=value_NE.device) // seats
     price_E = _softly_balancing_prices(value_NE, seats, span)
     return _auction(value_NE, price_E, seats, tolerance * span)[:num_tokens]
+
+
+def _with_indifferent(value_NE: Tensor) -> tuple[Tensor, float]:
+    """Rows that hold NaN or infinity made to value every expert alike, and the others' span.
+
+    No price outbids such a value: the auction would never end, where a diverged run is to go on
+    to the check that finds it.
+    """
+    finite_N = value_NE.isfinite().all(dim=1)
+    known_NE = value_NE[finite_N]
+    span = float(known_NE.max() - known_NE.min()) if len(known_NE) else 0.0
+    return torch.where(finite_N[:, None], value_NE, 0.0), span
 
 
 def _softly_balancing_prices(value_NE: Tensor, seats: int, span: float) -> Tensor:

@@ -65,3 +65,11 @@ def test_masked_tokens_take_no_seat():
     assert balanced_assignment(value_NE, ~mask & False | True).tolist() == [2, 2, 2, 2]
     assert balanced_assignment(torch.zeros(0, 3)).tolist() == []
     assert balanced_assignment(torch.randn(3, 1)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_take_the_seats_that_are_left(bad):
+    value_NE = torch.tensor([[9.0, 0.0], [8.0, bad], [7.0, 0.0], [0.0, 1.0]])
+    assert balanced_assignment(value_NE).tolist() == [0, 1, 0, 1]
+    assert torch.bincount(balanced_assignment(value_NE * torch.nan)).tolist() == [2, 2]

@@ -65,6 +65,21 @@ def test_replay_has_the_bound_of_the_record_in_either_mode():
         assert router(x, routing=loose).most_per_expert is None
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_token_that_is_not_finite_neither_hangs_nor_spreads(bad):
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    x[3, 2] = bad
+    router = BaseRouter(16, 8, seed=0)
+    routing = router(x)
+    assert routing.load_E.tolist() == [8] * 8
+    others = torch.arange(64) != 3
+    assert routing.weight_TK[others].isfinite().all()
+    scores = (x @ router.weight_ED.T).sigmoid().gather(1, routing.expert_TK)
+    torch.testing.assert_close(routing.weight_TK, scores, equal_nan=True)
+    assert router(x * torch.nan).weight_TK.isnan().all()
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="tolerance must be in"):
         BaseRouter(4, 4, tolerance=0)
