@@ -1,13 +1,16 @@
 """Selection limited to the best groups of experts (DeepSeek-V2, V3)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from expertmesh.errors import UserError
+from expertmesh.routing.checks import check_option
 from expertmesh.routing.selection import top_k
+
+GroupScore = Literal["max", "top2_sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,10 @@ class GroupLimit:
 
     num_groups: int
     kept: int
-    score: Literal["max", "top2_sum"] = "top2_sum"
+    score: GroupScore = "top2_sum"
+
+    def __post_init__(self) -> None:
+        check_option("group limit score", self.score, get_args(GroupScore))
 
     def check(self, num_experts: int, k: int) -> None:
         """Refuse numbers that don't fit together.

@@ -107,6 +107,11 @@ def test_group_limit_closes_groups(identity_router):
     assert router(x).expert_TK.tolist() == [[6, 7]]
 
 
+def test_a_group_limit_knows_its_scores():
+    with pytest.raises(ValueError, match=r"score must be one of max, top2_sum.*mean 'top2_sum'"):
+        GroupLimit(num_groups=4, kept=1, score="top2sum")
+
+
 def test_scores_are_wide_under_autocast_and_in_half_models():
     x = torch.randn(5, 8)
     router = TopKRouter(8, 4, 2, seed=0)
