@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from expertmesh.routing.losses import (
     LoadBalancingLoss,
     LoadLoss,
     by_name,
-    check_names,
+    check_losses,
 )
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.picks import best_tokens, groups_of, rank_of, rows_of
@@ -58,6 +58,7 @@ class ThresholdLoss(BalanceLoss):
 
     coef: float = 1.0
     name: str = "threshold"
+    only_for: ClassVar[str | None] = "BatchwiseRouter"
 
     def __call__(self, evidence: Evidence) -> Tensor:
         assert isinstance(evidence, ThresholdEvidence)
@@ -238,7 +239,7 @@ class BatchwiseRouter(Router):
 
 
 def _check_losses(losses: Sequence[BalanceLoss]) -> None:
-    check_names(losses)
+    check_losses(losses, BatchwiseRouter.__name__)
     for loss in losses:
         if isinstance(loss, LoadBalancingLoss | LoadLoss | DeviceBalanceLoss):
             raise UserError(

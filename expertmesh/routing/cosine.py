@@ -15,7 +15,7 @@ from expertmesh.random import label
 from expertmesh.routing.capacity import Capacity
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.logits import wide_dtype
-from expertmesh.routing.losses import BalanceLoss
+from expertmesh.routing.losses import BalanceLoss, LoadLoss
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.token_choice import Renormalize, TokenChoice
 
@@ -87,6 +87,8 @@ class CosineRouter(TokenChoice):
             raise UserError(f"proj_dim must be at least 1, got {proj_dim}")
         if not noise_std >= 0:
             raise UserError(f"noise_std must be at least 0, got {noise_std}")
+        if noise_std == 0 and any(isinstance(loss, LoadLoss) for loss in losses):
+            raise UserError("LoadLoss needs noise on the logits, got noise_std=0; set it above 0")
         self.proj_dim, self.temperature = proj_dim, temperature
         self.noise_std, self.init_std = noise_std, init_std
         empty = partial(torch.empty, device=device, dtype=dtype)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from expertmesh.routing.losses import (
     LoadVariation,
     ZLoss,
     by_name,
-    check_names,
+    check_losses,
     smooth_load,
 )
 from expertmesh.routing.noise import Noise, NoisyLogits
@@ -73,6 +73,8 @@ class HierarchicalLoadLoss(LoadVariation):
     ``Load_H(X)_ij = Load_primary(X)_i Load_i(X_i)_j / |X_i|``, both loads smooth estimates, X_i the
     tokens that chose group i. Attributes are ``LoadVariation``'s.
     """
+
+    only_for: ClassVar[str | None] = "HierarchicalRouter"
 
     def load_GE(self, evidence: Evidence) -> Tensor:
         assert isinstance(evidence, TwoLevelEvidence)
@@ -300,10 +302,10 @@ def _check(
                 f"{field}=1 makes every weight of its level 1, so the level gets no gradient from "
                 f"the task; set {field} to 2 or more"
             )
+    check_losses(losses, HierarchicalRouter.__name__)
     for loss in losses:
         if isinstance(loss, LoadLoss | ZLoss):
             raise UserError(
                 f"{type(loss).__name__} is for logits of one level; leave it out, or use "
                 "HierarchicalLoadLoss for the load"
             )
-    check_names(losses)

@@ -8,7 +8,7 @@ form is meant.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +23,14 @@ from expertmesh.routing.selection import top_k
 
 
 class BalanceLoss(ABC):
-    """A loss of one layer's routing. Final subclasses are frozen dataclasses with ``coef``."""
+    """A loss of one layer's routing. Final subclasses are frozen dataclasses with ``coef``.
+
+    ``only_for`` names the one router that has what the loss looks at, if others have not.
+    """
 
     name: str
     coef: float
+    only_for: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         coef = self.coef
@@ -42,12 +46,31 @@ class BalanceLoss(ABC):
         """The loss with its coefficient, a scalar; 0 without tokens."""
 
 
-def check_names(losses: Sequence[BalanceLoss]) -> None:
-    """Refuse losses of one name, of which ``Routing.losses`` would keep the last.
+def check_losses(losses: Sequence[BalanceLoss], router: str) -> None:
+    """Refuse what is no sequence of losses, of different names, that a router can serve.
+
+    Args:
+        losses: What was given.
+        router: The name of the router's class.
 
     Raises:
-        ValueError: With the names.
+        ValueError: With the loss or the names.
     """
+    if not isinstance(losses, Sequence):
+        raise UserError(
+            f"losses must be a sequence of balance losses, got {losses!r}; set losses=(loss,)"
+        )
+    for loss in losses:
+        if not isinstance(loss, BalanceLoss):
+            raise UserError(
+                f"losses must be balance losses such as LoadBalancingLoss(coef=0.01), got {loss!r}"
+            )
+        if loss.only_for not in (None, router):
+            raise UserError(
+                f"{type(loss).__name__} is for {loss.only_for} alone, got it in {router}; leave it "
+                "out"
+            )
+    # Of losses of one name ``Routing.losses`` would keep the last.
     names = [loss.name for loss in losses]
     if len(set(names)) < len(names):
         raise UserError(f"losses must have different names, got {names}; set name on each")

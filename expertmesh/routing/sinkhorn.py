@@ -13,7 +13,7 @@ from expertmesh.routing.checks import check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.logits import wide_logits, without_padding
-from expertmesh.routing.losses import BalanceLoss, by_name, check_names
+from expertmesh.routing.losses import BalanceLoss, LoadLoss, by_name, check_losses
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.replay import recorded
 from expertmesh.routing.router import Router
@@ -76,7 +76,7 @@ class SinkhornRouter(Router):
         layer: Index of the layer.
 
     Raises:
-        ValueError: For arguments out of range.
+        ValueError: For arguments out of range, or a loss that does not fit.
     """
 
     def __init__(
@@ -95,7 +95,12 @@ class SinkhornRouter(Router):
     ) -> None:
         super().__init__()
         check_sizes(dim, num_experts, k)
-        check_names(losses)
+        check_losses(losses, type(self).__name__)
+        if any(isinstance(loss, LoadLoss) for loss in losses):
+            raise UserError(
+                "LoadLoss needs normal noise on the logits, which SinkhornRouter never has; leave "
+                "it out"
+            )
         if rounds < 1:
             raise UserError(f"rounds must be at least 1, got {rounds}")
         self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer

@@ -19,7 +19,7 @@ from expertmesh.routing.draw import Draw
 from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.logits import without_padding
-from expertmesh.routing.losses import BalanceLoss, by_name, check_names
+from expertmesh.routing.losses import BalanceLoss, by_name, check_losses
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.population import Alone, Arrangement
 from expertmesh.routing.replay import recorded
@@ -92,7 +92,8 @@ class TokenChoice(Router):
         sampling: Sampling = "no",
     ) -> None:
         super().__init__()
-        _check(dim, num_experts, k, score, renormalize, losses)
+        _check(dim, num_experts, k, score, renormalize)
+        check_losses(losses, type(self).__name__)
         _check_sampling(sampling, k, bias, group_limit)
         if group_limit is not None:
             group_limit.check(num_experts, k)
@@ -304,7 +305,6 @@ def _check(
     k: int,
     score: str,
     renormalize: str,
-    losses: Sequence[BalanceLoss],
 ) -> None:
     check_sizes(dim, num_experts, k)
     if score not in SCORES:
@@ -318,7 +318,6 @@ def _check(
             f"renormalize={renormalize!r} with k=1 makes every weight 1, so the router gets no "
             "gradient from the task; set renormalize='no' or k >= 2"
         )
-    check_names(losses)
 
 
 def _check_sampling(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from expertmesh.routing import Capacity, CosineRouter
+from expertmesh.routing import Capacity, CosineRouter, LoadLoss
 
 X = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -68,5 +68,8 @@ def test_bad_input():
         router(k=1, renormalize="chosen")
     with pytest.raises(ValueError, match="noise_std must be at least 0"):
         router(noise_std=-0.1)
+    with pytest.raises(ValueError, match=r"LoadLoss needs noise.*got noise_std=0; set it above 0"):
+        router(losses=[LoadLoss(coef=0.1)])
+    assert router(losses=[LoadLoss(coef=0.1)], noise_std=0.1)(X).losses["load"] > 0
     with pytest.raises(ValueError, match="proj_dim must be at least 1"):
         CosineRouter(6, 5, 2, proj_dim=0)

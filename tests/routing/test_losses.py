@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from expertmesh.errors import UserError
 from expertmesh.routing import (
+    BatchwiseRouter,
     HierarchicalLoadLoss,
     ImportanceLoss,
     LearnedNoise,
@@ -9,6 +11,8 @@ from expertmesh.routing import (
     LoadLoss,
     NormalNoise,
     SelectionBias,
+    SinkhornRouter,
+    ThresholdLoss,
     TopKRouter,
     UniformNoise,
     ZLoss,
@@ -156,6 +160,23 @@ def test_load_loss_needs_additive_noise(noise):
     router = TopKRouter(8, 4, 2, noise=noise, losses=(LoadLoss(coef=1.0),))
     with pytest.raises(ValueError, match="set noise to NormalNoise or LearnedNoise"):
         router(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("router", "losses", "message"),
+    [
+        (TopKRouter, [ThresholdLoss()], "ThresholdLoss is for BatchwiseRouter alone.* TopKRouter"),
+        (SinkhornRouter, [ThresholdLoss()], "is for BatchwiseRouter alone, got it in SinkhornR"),
+        (TopKRouter, [HierarchicalLoadLoss(coef=1.0)], "is for HierarchicalRouter alone.*leave it"),
+        (BatchwiseRouter, [HierarchicalLoadLoss(coef=1.0)], "alone, got it in BatchwiseRouter"),
+        (SinkhornRouter, [LoadLoss(coef=1.0)], "which SinkhornRouter never has; leave it out"),
+        (TopKRouter, ZLoss(coef=1.0), r"sequence of balance losses, got ZLoss.*losses=\(loss,\)"),
+        (TopKRouter, [0.01], "losses must be balance losses such as .*, got 0.01"),
+    ],
+)
+def test_losses_that_a_router_cannot_serve_are_refused_when_it_is_built(router, losses, message):
+    with pytest.raises(UserError, match=message):
+        router(8, 4, 2, losses=losses)
 
 
 @pytest.mark.parametrize("coef", [-1.0, float("nan"), float("inf"), "0.1", None, True])
