@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_deviation, check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.group_losses import DeviceBalanceLoss
@@ -111,6 +111,7 @@ class BatchwiseRouter(Router):
     ) -> None:
         super().__init__()
         check_sizes(dim, num_experts)
+        check_deviation("init_std", init_std)
         if not 0 < k <= num_experts:
             raise UserError(f"k must be above 0 and at most num_experts={num_experts}, got {k}")
         check_scope("batchwise scope", scope)

@@ -32,12 +32,24 @@ class SelectionBias(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if rate < 0:
+        if not rate >= 0:
             raise UserError(f"selection bias rate must be at least 0, got {rate}")
         self.rate = rate
         self.register_buffer("bias_E", torch.zeros(num_experts, device=device))
         # Saved too: a run resumed between two micro-batches goes on counting.
         self.register_buffer("count_E", torch.zeros(num_experts, dtype=torch.int64, device=device))
+
+    def check(self, num_experts: int) -> None:
+        """Refuse a router of another number of experts, over which one number would spread.
+
+        Raises:
+            ValueError: With both numbers.
+        """
+        if len(self.bias_E) != num_experts:
+            raise UserError(
+                f"bias must be made for num_experts={num_experts}, got SelectionBias("
+                f"{len(self.bias_E)}); set SelectionBias({num_experts})"
+            )
 
     def reset_parameters(self) -> None:
         """Start from zero."""

@@ -81,10 +81,15 @@ class Capacity:
             value = getattr(self, field)
             if value is None and field == "eval_factor":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                dropless = {
+                    "factor": "leave the capacity out for dropless routing",
+                    "eval_factor": "None drops nothing in evaluation",
+                }
                 raise UserError(
-                    f"capacity {field} must be a number above 0, got {value!r}; "
-                    "leave the capacity out for dropless routing"
+                    f"capacity {field} must be a finite number above 0, got {value!r}; "
+                    f"{dropless[field]}"
                 )
         if self.formula not in FORMULAS:
             raise UserError(

@@ -1,7 +1,9 @@
 """What constructors of routers refuse alike."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from expertmesh.errors import UserError, nearest
@@ -20,6 +22,7 @@ def check_sizes(dim: int, num_experts: int, k: int = 1) -> None:
     Raises:
         ValueError: Naming the field.
     """
+    check_whole(dim=dim, num_experts=num_experts, k=k)
     for field, value in (("dim", dim), ("num_experts", num_experts)):
         if value < 1:
             raise UserError(f"{field} must be at least 1, got {value}")
@@ -27,6 +30,45 @@ def check_sizes(dim: int, num_experts: int, k: int = 1) -> None:
         raise UserError(
             f"k must be between 1 and num_experts={num_experts}, got {k}; "
             f"set k <= {num_experts} or raise num_experts"
+        )
+
+
+def check_whole(**values: object) -> None:
+    """Refuse numbers of things that are not whole, by the fields that they are given as.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for field, value in values.items():
+        if not isinstance(value, Integral):
+            raise UserError(f"{field} must be a whole number, got {value!r}")
+
+
+def check_deviation(field: str, value: float) -> None:
+    """Refuse what is no standard deviation.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if not 0 <= value < math.inf:
+        raise UserError(f"{field} must be a finite number of at least 0, got {value}")
+
+
+def check_kind(field: str, value: object, kind: type, example: str) -> None:
+    """Refuse an option that is given but is not the object that it takes.
+
+    Args:
+        field: The option's name.
+        value: What was given; None is no option.
+        kind: What it must be an instance of.
+        example: What to write.
+
+    Raises:
+        ValueError: Naming the field, with the example.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise UserError(
+            f"{field} must be a {kind.__name__} or None, got {value!r}; set {field}={example}"
         )
 
 

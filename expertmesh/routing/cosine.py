@@ -13,6 +13,7 @@ from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import label
 from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.checks import check_deviation
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.logits import wide_dtype
 from expertmesh.routing.losses import BalanceLoss, LoadLoss
@@ -85,8 +86,8 @@ class CosineRouter(TokenChoice):
             raise UserError(f"temperature must be above 0, got {temperature}; Tutel's is 0.5")
         if proj_dim < 1:
             raise UserError(f"proj_dim must be at least 1, got {proj_dim}")
-        if not noise_std >= 0:
-            raise UserError(f"noise_std must be at least 0, got {noise_std}")
+        check_deviation("noise_std", noise_std)
+        check_deviation("init_std", init_std)
         if noise_std == 0 and any(isinstance(loss, LoadLoss) for loss in losses):
             raise UserError("LoadLoss needs noise on the logits, got noise_std=0; set it above 0")
         self.proj_dim, self.temperature = proj_dim, temperature

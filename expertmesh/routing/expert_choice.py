@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_deviation, check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import wide_logits, without_padding
 from expertmesh.routing.picks import Groups, best_tokens, groups_of, rank_of, rows_of
@@ -115,6 +115,7 @@ class ExpertChoiceRouter(Router):
     ) -> None:
         super().__init__()
         check_sizes(dim, num_experts)
+        check_deviation("init_std", init_std)
         if not 0 < factor <= num_experts:
             raise UserError(
                 f"factor must be above 0 and at most num_experts={num_experts}, got {factor}"

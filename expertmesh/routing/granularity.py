@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
+from expertmesh.routing.checks import check_deviation
 from expertmesh.routing.logits import wide_dtype
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
@@ -124,7 +125,7 @@ class PerTask(Router):
         seed: Of the initial task vectors; None draws one from torch's generator.
 
     Raises:
-        ValueError: If the router ``draws``, or ``num_tasks`` is not above 0.
+        ValueError: If the router ``draws``, or a number is out of range.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class PerTask(Router):
         super().__init__()
         if num_tasks < 1:
             raise UserError(f"num_tasks must be at least 1, got {num_tasks}")
+        check_deviation("init_std", init_std)
         if router.draws is not None:
             raise UserError(
                 "PerTask needs a router without chance, which would part the tokens of a task; in "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_deviation, check_kind, check_sizes, check_whole
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.evidence import Evidence
@@ -154,6 +154,9 @@ class HierarchicalRouter(Router):
     ) -> None:
         super().__init__()
         _check(dim, num_experts, num_groups, k_groups, k_each, losses)
+        check_deviation("init_std", init_std)
+        _check_noise("primary_noise", primary_noise, dim, num_groups)
+        _check_noise("secondary_noise", secondary_noise, dim, num_experts)
         self.dim, self.num_experts, self.num_groups = dim, num_experts, num_groups
         self.k_groups, self.k_each, self.k = k_groups, k_each, k_groups * k_each
         self.layer, self.init_std, self.losses = layer, init_std, tuple(losses)
@@ -279,6 +282,12 @@ class HierarchicalRouter(Router):
         return torch.where(expert_TK < self.num_experts, gate_TK, 0.0)
 
 
+def _check_noise(field: str, noise: Noise | None, dim: int, num_logits: int) -> None:
+    check_kind(field, noise, Noise, "NormalNoise()")
+    if noise is not None:
+        noise.check(field, dim, num_logits)
+
+
 def _check(
     dim: int,
     num_experts: int,
@@ -288,6 +297,7 @@ def _check(
     losses: Sequence[BalanceLoss],
 ) -> None:
     check_sizes(dim, num_experts)
+    check_whole(num_groups=num_groups, k_groups=k_groups, k_each=k_each)
     if num_groups < 1 or num_experts % num_groups:
         raise UserError(
             f"num_groups must divide num_experts={num_experts}, got {num_groups}; set it to a "

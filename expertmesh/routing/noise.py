@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from expertmesh.errors import UserError
 from expertmesh.random import label
+from expertmesh.routing.checks import check_deviation
 from expertmesh.routing.draw import Draw
 
 _NORMAL = label("normal noise")
@@ -48,6 +49,13 @@ class Noise(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, seed: int) -> None:
         """Draw initial values, a function of the seed; nothing where nothing is learned."""
+
+    def check(self, field: str, dim: int, num_experts: int) -> None:
+        """Refuse logits ``(T, num_experts)`` of ``(T, dim)`` where the noise is made for others.
+
+        Raises:
+            ValueError: Naming the router's field.
+        """
 
 
 def _check_positive(field: str, value: float) -> None:
@@ -147,8 +155,18 @@ class LearnedNoise(Noise):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_deviation("LearnedNoise.min_std", min_std)
         self.min_std = min_std
         self.weight_ED = nn.Parameter(torch.zeros(num_experts, dim, device=device, dtype=dtype))
+
+    def check(self, field: str, dim: int, num_experts: int) -> None:
+        """See ``Noise.check``."""
+        made = tuple(self.weight_ED.shape)
+        if made != (num_experts, dim):
+            raise UserError(
+                f"{field} must be made for dim={dim} and {num_experts} logits, got "
+                f"LearnedNoise({made[1]}, {made[0]}); set LearnedNoise({dim}, {num_experts})"
+            )
 
     def reset_parameters(self, seed: int) -> None:
         """Zero, whatever the seed, as the paper starts it."""

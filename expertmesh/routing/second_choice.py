@@ -1,7 +1,7 @@
 """Rules that leave out later choices of a token whose weight is small beside the first."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from expertmesh.routing.draw import Draw
 _SECOND = label("second choice")
 
 
+@runtime_checkable
 class SkipRule(Protocol):
     """Decides which choices of a token are not carried out although there is room."""
 

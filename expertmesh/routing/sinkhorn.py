@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_deviation, check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.logits import wide_logits, without_padding
@@ -95,6 +95,7 @@ class SinkhornRouter(Router):
     ) -> None:
         super().__init__()
         check_sizes(dim, num_experts, k)
+        check_deviation("init_std", init_std)
         check_losses(losses, type(self).__name__)
         if any(isinstance(loss, LoadLoss) for loss in losses):
             raise UserError(

@@ -1,5 +1,6 @@
 """Token choice: what follows once a router has logits for every token and expert."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -13,7 +14,7 @@ from expertmesh.kernels.router import router_choose, router_gates, router_select
 from expertmesh.random import RandomKey
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_kind, check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.evidence import Evidence
@@ -94,9 +95,14 @@ class TokenChoice(Router):
         super().__init__()
         _check(dim, num_experts, k, score, renormalize)
         check_losses(losses, type(self).__name__)
+        _check_kinds(skip, capacity, bias, group_limit)
         _check_sampling(sampling, k, bias, group_limit)
+        if bias is not None:
+            bias.check(num_experts)
         if group_limit is not None:
             group_limit.check(num_experts, k)
+        if not 0 < scale < math.inf:
+            raise UserError(f"scale must be a finite number above 0, got {scale}; 1 is none")
         self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.skip, self.capacity, self.group_limit = skip, capacity, group_limit
@@ -318,6 +324,18 @@ def _check(
             f"renormalize={renormalize!r} with k=1 makes every weight 1, so the router gets no "
             "gradient from the task; set renormalize='no' or k >= 2"
         )
+
+
+def _check_kinds(
+    skip: SkipRule | None,
+    capacity: Capacity | None,
+    bias: SelectionBias | None,
+    group_limit: GroupLimit | None,
+) -> None:
+    check_kind("skip", skip, SkipRule, "ThresholdSecond(0.2)")
+    check_kind("capacity", capacity, Capacity, "Capacity(factor=1.25)")
+    check_kind("bias", bias, SelectionBias, "SelectionBias(num_experts)")
+    check_kind("group_limit", group_limit, GroupLimit, "GroupLimit(num_groups=8, kept=4)")
 
 
 def _check_sampling(

@@ -10,6 +10,7 @@ from expertmesh import random
 from expertmesh.kernels.router import router_logits, serves
 from expertmesh.routing.bias import SelectionBias
 from expertmesh.routing.capacity import Capacity
+from expertmesh.routing.checks import check_deviation, check_kind
 from expertmesh.routing.draw import Draw
 from expertmesh.routing.group_limit import GroupLimit
 from expertmesh.routing.logits import wide_dtype
@@ -97,6 +98,10 @@ class TopKRouter(TokenChoice):
             layer=layer,
             sampling=sampling,
         )
+        check_kind("noise", noise, Noise, "NormalNoise()")
+        if noise is not None:
+            noise.check("noise", dim, num_experts)
+        check_deviation("init_std", init_std)
         self.noise, self.init_std = noise, init_std
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         bias_E = torch.empty(num_experts, device=device, dtype=dtype) if logit_bias else None

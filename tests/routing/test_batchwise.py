@@ -105,6 +105,8 @@ def test_losses_on_k_choices_of_a_token_are_refused():
 def test_bad_input():
     with pytest.raises(ValueError, match="k must be above 0 and at most num_experts=4"):
         identity(5)
+    with pytest.raises(ValueError, match="init_std must be a finite number of at least 0, got -1"):
+        BatchwiseRouter(4, 4, 2, init_std=-1.0)
     with pytest.raises(ValueError, match="rounds to zero"):
         identity(1.0)(X[:3])
     with pytest.raises(ValueError, match="losses must have different names"):

@@ -66,10 +66,12 @@ def test_bad_input():
         router(k=6)
     with pytest.raises(ValueError, match="k=1 makes every weight 1"):
         router(k=1, renormalize="chosen")
-    with pytest.raises(ValueError, match="noise_std must be at least 0"):
+    with pytest.raises(ValueError, match="noise_std must be a finite number of at least 0"):
         router(noise_std=-0.1)
     with pytest.raises(ValueError, match=r"LoadLoss needs noise.*got noise_std=0; set it above 0"):
         router(losses=[LoadLoss(coef=0.1)])
     assert router(losses=[LoadLoss(coef=0.1)], noise_std=0.1)(X).losses["load"] > 0
+    with pytest.raises(ValueError, match="init_std must be a finite number of at least 0, got -1"):
+        router(init_std=-1.0)
     with pytest.raises(ValueError, match="proj_dim must be at least 1"):
         CosineRouter(6, 5, 2, proj_dim=0)

@@ -130,6 +130,8 @@ def test_bad_input():
             ExpertChoiceRouter(4, 4, factor)
     with pytest.raises(ValueError, match=r"cap\.most must be at least factor=2\.0"):
         ExpertChoiceRouter(4, 4, 2.0, cap=TokenCap(most=1))
+    with pytest.raises(ValueError, match="init_std must be a finite number of at least 0, got -1"):
+        ExpertChoiceRouter(4, 4, init_std=-1.0)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         TokenCap(most=2, temperature=0.0)
     with pytest.raises(ValueError, match="rounds to zero; set factor to at least 2"):

@@ -225,6 +225,8 @@ def test_bad_input():
         PerSequence(inner(capacity=Capacity(factor=1.0, scope="sequence")))
     with pytest.raises(ValueError, match="num_tasks must be at least 1"):
         PerTask(inner(), 0)
+    with pytest.raises(ValueError, match="init_std must be a finite number of at least 0, got -1"):
+        PerTask(inner(), 2, init_std=-1.0)
     with pytest.raises(ValueError, match="give the layer token_ids"):
         PerTask(inner(), 2)(x)
     with pytest.raises(ValueError, match=r"between 0 and 1, got 0 to 2; raise num_tasks"):

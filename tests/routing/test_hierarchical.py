@@ -142,6 +142,12 @@ def test_noise_of_the_levels_is_not_the_same():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match=r"k_each must be a whole number, got 2.0"):
+        HierarchicalRouter(D, 12, num_groups=3, k_each=2.0)
+    with pytest.raises(ValueError, match=r"primary_noise must be made for .* 3 logits, got"):
+        HierarchicalRouter(D, 12, num_groups=3, primary_noise=LearnedNoise(D, 12))
+    with pytest.raises(ValueError, match=r"secondary_noise must be a Noise or None, got 0.1"):
+        HierarchicalRouter(D, 12, num_groups=3, secondary_noise=0.1)
     with pytest.raises(ValueError, match="num_groups must divide num_experts=12"):
         HierarchicalRouter(D, 12, num_groups=5)
     with pytest.raises(ValueError, match="k_groups must be between 1 and 3"):

@@ -93,3 +93,9 @@ def test_a_router_without_noise_leaves_the_generator_alone():
 def test_widths_must_be_positive(make):
     with pytest.raises(ValueError, match="must be above 0, got 0"):
         make(0.0)
+
+
+@pytest.mark.parametrize("min_std", [-5.0, float("nan"), float("inf")])
+def test_a_least_deviation_is_a_deviation(min_std):
+    with pytest.raises(ValueError, match="min_std must be a finite number of at least 0, got"):
+        LearnedNoise(8, 4, min_std=min_std)

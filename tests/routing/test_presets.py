@@ -225,8 +225,9 @@ def test_the_device_is_that_of_buffers_too(options):
     ("options", "message"),
     [
         ({"capacity": {"fctor": 1}}, r"capacity\.fctor is unknown; did you mean 'factor'"),
+        ({"capacity": 1.25}, r"capacity must be a Capacity.*got 1.25; set capacity=Capacity\(fac"),
         ({"capacity": {"eval_factor": 1}}, "capacity has no factor, which has no default"),
-        ({"capacity": {"factor": "1"}}, "capacity factor must be a number above 0"),
+        ({"capacity": {"factor": "1"}}, "capacity factor must be a finite number above 0"),
         ({"group_limit": {"groups": 4}}, r"group_limit\.groups is unknown; did you mean 'num_gr"),
         ({"group_limit": {"num_groups": 4}}, "group_limit has no kept"),
         (

@@ -124,6 +124,8 @@ def test_two_ranks_do_what_one_does():
     [
         ({"k": 5}, "k must be between 1 and num_experts=4"),
         ({"k": 0}, "k must be between"),
+        ({"k": 1.0}, "k must be a whole number, got 1.0"),
+        ({"k": 1, "init_std": -1.0}, "init_std must be a finite number of at least 0, got -1.0"),
         ({"k": 1, "rounds": 0}, "rounds must be at least 1"),
     ],
 )

@@ -1,6 +1,10 @@
+import math
+import re
+
 import pytest
 import torch
 
+from expertmesh.errors import UserError
 from expertmesh.routing import (
     Capacity,
     GroupLimit,
@@ -241,6 +245,19 @@ def test_initial_values_follow_the_seed():
         ({"k": 0}, "k must be between 1"),
         ({"k": 1, "renormalize": "chosen"}, "set renormalize='no' or k >= 2"),
         ({"k": 1, "renormalize": "kept"}, "set renormalize='no' or k >= 2"),
+        ({"k": 2.0}, "k must be a whole number, got 2.0"),
+        ({"k": 2, "scale": -1.0}, "scale must be a finite number above 0, got -1.0"),
+        ({"k": 2, "scale": math.nan}, "scale must be a finite number above 0, got nan"),
+        ({"k": 2, "init_std": -0.1}, "init_std must be a finite number of at least 0, got -0.1"),
+        ({"k": 2, "init_std": math.nan}, "init_std must be a finite number of at least 0, got nan"),
+        ({"k": 2, "skip": 0.2}, "skip must be a SkipRule or None, got 0.2; set skip=ThresholdSec"),
+        ({"k": 2, "noise": 0.1}, "noise must be a Noise or None, got 0.1; set noise=NormalNoise()"),
+        ({"k": 2, "capacity": 1.25}, "got 1.25; set capacity=Capacity(factor=1.25)"),
+        ({"k": 2, "bias": 1e-3}, "bias must be a SelectionBias or None, got 0.001"),
+        ({"k": 2, "group_limit": 4}, "got 4; set group_limit=GroupLimit(num_groups=8, kept=4)"),
+        ({"k": 2, "bias": SelectionBias(1)}, "got SelectionBias(1); set SelectionBias(4)"),
+        ({"k": 2, "noise": LearnedNoise(8, 1)}, "got LearnedNoise(8, 1); set LearnedNoise(8, 4)"),
+        ({"k": 2, "noise": LearnedNoise(7, 4)}, "got LearnedNoise(7, 4); set LearnedNoise(8, 4)"),
         ({"k": 2, "score": "softmx"}, "did you mean 'softmax'"),
         ({"k": 2, "renormalize": True}, "renormalize must be"),
         ({"k": 2, "losses": (ZLoss(coef=1.0), ZLoss(coef=2.0))}, "different names"),
@@ -251,5 +268,5 @@ def test_initial_values_follow_the_seed():
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         TopKRouter(8, 4, **arguments)
