@@ -8,8 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from expertmesh.experts.base import Experts
-from expertmesh.kernels.activations import Activation, activation_name, resolve_activation
-from expertmesh.kernels.moe_mlp import moe_mlp
+from expertmesh.kernels.activations import (
+    Activation,
+    activation_name,
+    check_parts,
+    resolve_activation,
+)
+from expertmesh.kernels.backends import check_backend
+from expertmesh.kernels.moe_mlp import MLP_BACKENDS, moe_mlp
 from expertmesh.kernels.moe_mlp.dropout import HiddenDropout
 from expertmesh.random import bits, fill_expert_normal_, fold, fresh_seed
 from expertmesh.shards import local, shard_of
@@ -85,6 +91,8 @@ class StackedMLPExperts(Experts):
         self.activation = resolve_activation(
             self.default_activation if activation is None else activation
         )
+        check_parts(self.activation, math.prod(self.up_parts))
+        check_backend(MLP_BACKENDS, backend)
         self.init_std, self.backend = init_std, backend
         weights: dict[str, tuple[int, ...]] = {
             self.up_name: (num_experts, *self.up_parts, hidden, dim),

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from expertmesh.experts.base import Experts
-from expertmesh.kernels.activations import Activation, activation_name, resolve_activation
-from expertmesh.kernels.moe_mlp.block_sparse.unequal import unequal_mlp
+from expertmesh.kernels.activations import (
+    Activation,
+    activation_name,
+    check_parts,
+    resolve_activation,
+)
+from expertmesh.kernels.backends import check_backend
+from expertmesh.kernels.moe_mlp.block_sparse.unequal import UNEQUAL_BACKENDS, unequal_mlp
 from expertmesh.random import fill_normal_, fold, fresh_seed
 
 
@@ -74,6 +80,8 @@ class UnequalExperts(Experts):
         self.activation = resolve_activation(
             self.default_activation if activation is None else activation
         )
+        check_parts(self.activation, self.num_parts)
+        check_backend(UNEQUAL_BACKENDS, backend)
         self.init_std, self.backend = init_std, backend
         hidden, parts = sum(widths), self.num_parts
         shapes: dict[str, tuple[int, ...]] = {self.up_name: (parts, hidden, dim)}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertmesh.errors import nearest
+from expertmesh.errors import UserError, nearest
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -86,6 +86,19 @@ def resolve_activation(activation: str | Activation) -> Activation:
             f"tensor to tensor, got {activation!r}{nearest(activation, names)}"
         )
     return names[activation]
+
+
+def check_parts(activation: Activation, num_parts: int) -> None:
+    """Refuse an activation of gated experts where there is no linear half.
+
+    Raises:
+        ValueError: With its name.
+    """
+    if isinstance(activation, GatedActivation) and num_parts != 2:
+        raise UserError(
+            f"activation {activation.name!r} is for gated experts, whose up has 2 parts; "
+            f"this one has {num_parts}"
+        )
 
 
 def known_activation(activation: Activation) -> str | None:

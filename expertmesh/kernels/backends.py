@@ -12,7 +12,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from expertmesh.errors import nearest
+from expertmesh.errors import UserError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +93,25 @@ def choose(backends: Sequence[BackendT], problem: Problem, name: str = "auto") -
                 f"no backend runs {problem.dtype} on {problem.device}{where}; {'; '.join(reasons)}"
             )
         return able
-    for backend in backends:
-        if backend.name == name:
-            reason = backend.refusal(problem)
-            if reason is not None:
-                raise ValueError(f"backend {name!r} cannot run this: {reason}; set backend='auto'")
-            return backend
+    check_backend(backends, name)
+    forced = next(backend for backend in backends if backend.name == name)
+    reason = forced.refusal(problem)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run this: {reason}; set backend='auto'")
+    return forced
+
+
+def check_backend(backends: Sequence[Backend], name: str) -> None:
+    """Refuse a name that is neither ``"auto"`` nor that of a backend.
+
+    Raises:
+        ValueError: With the names.
+    """
     names = ["auto", *(backend.name for backend in backends)]
-    raise ValueError(
-        f"backend must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}"
-    )
+    if name not in names:
+        raise UserError(
+            f"backend must be one of {', '.join(names)}, got {name!r}{nearest(str(name), names)}"
+        )
 
 
 @dataclass(frozen=True)

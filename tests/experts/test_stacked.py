@@ -154,6 +154,8 @@ def test_wrong_width(family: Family) -> None:
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"init_std": -1.0}, "init_std must be a number >= 0 or None, got -1.0"),
         ({"activation": "swishh"}, "activation must be one of"),
+        ({"activation": "clamped_swiglu"}, "'clamped_swiglu' is for gated experts.*one has 1"),
+        ({"backend": "trition"}, "backend must be one of auto, .*; did you mean 'triton'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, int], message: str) -> None:

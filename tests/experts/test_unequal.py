@@ -95,6 +95,8 @@ def test_meta_is_drawn_later() -> None:
     [
         ({"widths": []}, "num_experts must be at least 1, got 0"),
         ({"widths": [3, 0]}, r"widths must be at least 1 each, got \(3, 0\)"),
+        ({"activation": "clamped_swiglu"}, "'clamped_swiglu' is for gated experts.*one has 1"),
+        ({"backend": "grouped_mm"}, "backend must be one of auto, block_sparse, reference, got"),
         ({"init_std": -1.0}, "init_std must be a number >= 0 or None, got -1.0"),
     ],
 )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from expertmesh.experts import GatedMLPExperts, MLPExperts
+from expertmesh.experts import GatedMLPExperts
 from expertmesh.kernels.activations import (
     ACTIVATIONS,
     GATED_ACTIVATIONS,
@@ -15,6 +15,7 @@ from expertmesh.kernels.activations import (
     known_activation,
     resolve_activation,
 )
+from expertmesh.kernels.moe_mlp import moe_mlp
 from expertmesh.testing import assert_close
 
 
@@ -60,10 +61,10 @@ def test_doubly_gated_by_its_formula() -> None:
 
 
 def test_gated_activations_need_gated_experts() -> None:
-    experts = MLPExperts(4, 4, 2, activation="clamped_swiglu")
-    ids = torch.zeros(1, 1, dtype=torch.int64)
+    ids, weight = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    up, down = torch.ones(2, 4, 4), torch.ones(2, 4, 4)
     with pytest.raises(ValueError, match="'clamped_swiglu' is for gated experts"):
-        experts(torch.ones(1, 4), ids, torch.ones(1, 1))
+        moe_mlp(torch.ones(1, 4), ids, weight, up, down, activation="clamped_swiglu")
 
 
 def test_names() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from expertmesh.kernels.activations import (
     Activation,
-    GatedActivation,
+    check_parts,
     known_activation,
     resolve_activation,
 )
@@ -100,11 +100,7 @@ def moe_mlp(
         sum_dtype = torch.promote_types(wide, weight_RK.dtype)
         num_parts = up.shape[1] if up.dim() == 4 else 1
         function = resolve_activation(activation)
-        if isinstance(function, GatedActivation) and num_parts != 2:
-            raise ValueError(
-                f"activation {function.name!r} is for gated experts, whose up has 2 parts; "
-                f"this one has {num_parts}"
-            )
+        check_parts(function, num_parts)
         spec = MLPSpec(function, num_parts, x_RD.dtype, sum_dtype, dropout)
         return choose(MLP_BACKENDS, _problem(operands, spec), backend).run(operands, spec)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertmesh.kernels.activations import (
     Activation,
-    GatedActivation,
+    check_parts,
     hidden_from_parts,
     known_activation,
     resolve_activation,
@@ -181,11 +181,7 @@ def unequal_mlp(
         x_RD, expert_RK, weight_RK, up_MHD, down_HD, up_bias_MH, down_bias_ED, tuple(widths)
     )
     _check(operands)
-    if isinstance(function, GatedActivation) and len(up_MHD) != 2:
-        raise ValueError(
-            f"activation {function.name!r} is for gated experts, whose up has 2 parts; "
-            f"this one has {len(up_MHD)}"
-        )
+    check_parts(function, len(up_MHD))
     autocast = autocast_dtype(x_RD.device.type)
     dtype = x_RD.dtype if autocast is None or x_RD.dtype == torch.float64 else autocast
     with without_autocast(x_RD.device.type):
