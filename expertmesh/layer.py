@@ -44,7 +44,7 @@ class MoE(nn.Module):
             ``use_reentrant=False``: the other has no graph for them to stay in.
 
     Raises:
-        ValueError: If router and experts disagree, or ``losses`` is something else.
+        ValueError: If router and experts are swapped or disagree, or ``losses`` is something else.
     """
 
     def __init__(
@@ -59,6 +59,12 @@ class MoE(nn.Module):
         super().__init__()
         if losses not in ("attach", "return"):
             raise UserError(f"losses must be 'attach' or 'return', got {losses!r}")
+        for field, part, kind in (("router", router, Router), ("experts", experts, Experts)):
+            if not isinstance(part, kind):
+                raise UserError(
+                    f"{field} must be an instance of {kind.__name__}, got "
+                    f"{type(part).__name__}; the router comes first: set MoE(router, experts)"
+                )
         for field in ("num_experts", "dim"):
             ours, theirs = getattr(router, field), getattr(experts, field)
             if ours != theirs:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from expertmesh.errors import UserError
 from expertmesh.experts import GatedMLPExperts, MLPExperts
 from expertmesh.layer import MoE, MoELoss, moe_layers, set_loss_scale
 from expertmesh.metrics import summarize
@@ -437,6 +438,10 @@ def test_parts_that_do_not_fit():
     experts = GatedMLPExperts(D, F, E)
     with pytest.raises(ValueError, match="agree on num_experts: the router has 4, the experts 5"):
         MoE(TopKRouter(D, 4, 2), experts)
+    with pytest.raises(UserError, match=r"instance of Router, got GatedMLPExperts.*MoE\(router"):
+        MoE(experts, TopKRouter(D, E, 2))
+    with pytest.raises(UserError, match=r"experts must be an instance of Experts, got Linear"):
+        MoE(TopKRouter(D, E, 2), torch.nn.Linear(D, D))
     with pytest.raises(ValueError, match="agree on dim: the router has 8, the experts 6"):
         MoE(TopKRouter(8, E, 2), experts)
     with pytest.raises(ValueError, match="losses must be 'attach' or 'return'"):
