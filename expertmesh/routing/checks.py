@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
+from torch import Tensor
+
 from expertmesh.errors import UserError, nearest
 
 
@@ -42,6 +45,16 @@ def check_whole(**values: object) -> None:
     for field, value in values.items():
         if not isinstance(value, Integral):
             raise UserError(f"{field} must be a whole number, got {value!r}")
+
+
+def check_ids(token_ids: Tensor) -> None:
+    """Refuse ids that cannot be looked up in a table.
+
+    Raises:
+        ValueError: With their dtype.
+    """
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"token_ids must be int64, got {token_ids.dtype}; set token_ids.long()")
 
 
 def check_deviation(field: str, value: float) -> None:

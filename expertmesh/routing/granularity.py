@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_deviation
+from expertmesh.routing.checks import check_deviation, check_ids
 from expertmesh.routing.logits import wide_dtype
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
@@ -180,7 +180,8 @@ class PerTask(Router):
         """See ``Router.forward``; of ``x_TD`` only the number of tokens is looked at.
 
         Raises:
-            ValueError: Without task ids, for one that is not in the table, or where experts chose.
+            ValueError: Without task ids, for ids that are no integers or not in the table, or where
+                experts chose.
         """
         task_T = self._tasks(token_ids, padding_mask)
         self.router.population = self.population
@@ -197,6 +198,7 @@ class PerTask(Router):
     def _tasks(self, token_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
         if token_ids is None:
             raise UserError("PerTask needs the task of each token; give the layer token_ids")
+        check_ids(token_ids)
         if padding_mask is not None:
             token_ids = torch.where(padding_mask, 0, token_ids)
         # On the CPU only: elsewhere the check would wait for the device.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from expertmesh.errors import UserError, nearest
 from expertmesh.random import RandomKey
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_ids, check_sizes
 from expertmesh.routing.population import Alone, Arrangement
 from expertmesh.routing.router import Router
 from expertmesh.routing.routing import Routing
@@ -33,8 +33,8 @@ class HashRouter(Router):
         layer: Not looked at; every router has one.
 
     Raises:
-        ValueError: If the table or ``by`` is something else; and in forward, without token ids or
-            for one beyond the table.
+        ValueError: If the table or ``by`` is something else; and in forward, without token ids,
+            for ids that are no integers, or for one beyond the table.
     """
 
     table_V: Tensor
@@ -117,6 +117,7 @@ class HashRouter(Router):
                     "token_ids= of x's shape without its width"
                 )
             token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        check_ids(token_ids)
         if padding_mask is not None:
             token_ids = torch.where(padding_mask, 0, token_ids)
         if self.by != "token":

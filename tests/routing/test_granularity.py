@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from expertmesh.errors import UserError
 from expertmesh.experts import GatedMLPExperts
 from expertmesh.layer import MoE
 from expertmesh.parallel.fsdp import parallelize
@@ -229,6 +230,8 @@ def test_bad_input():
         PerTask(inner(), 2, init_std=-1.0)
     with pytest.raises(ValueError, match="give the layer token_ids"):
         PerTask(inner(), 2)(x)
+    with pytest.raises(UserError, match=r"token_ids must be int64, got torch.bool"):
+        PerTask(inner(), 2)(x, token_ids=torch.zeros(6, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"between 0 and 1, got 0 to 2; raise num_tasks"):
         PerTask(inner(), 2)(x, token_ids=torch.tensor([0, 1, 2, 0, 0, 0]))
     assert "mean" in PerSequence(inner()).leaks

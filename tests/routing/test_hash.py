@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from expertmesh.errors import UserError
 from expertmesh.routing import HashRouter, random_table
 
 X = torch.randn(6, 4)
@@ -59,6 +60,8 @@ def test_bad_input():
         router(X)
     with pytest.raises(ValueError, match=r"from 0 to 4, the table's last; got 0 to 5"):
         router(X, token_ids=torch.arange(6))
+    with pytest.raises(UserError, match=r"token_ids must be int64, got torch.float32; set token_i"):
+        router(X, token_ids=torch.zeros(6))
     with pytest.raises(ValueError, match=r"got -1 to 0"):
         router(X, token_ids=torch.tensor([0, 0, 0, 0, 0, -1]))
     with pytest.raises(ValueError, match=r"ids by 'position' must be from 0 to 4"):
