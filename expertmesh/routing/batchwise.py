@@ -203,6 +203,7 @@ class BatchwiseRouter(Router):
             self.scope,
             self.k,
             self.num_experts,
+            field="k",
             num_tokens=len(score_TE),
             sequence_length=sequence_length,
             key=key,

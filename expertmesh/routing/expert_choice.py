@@ -170,6 +170,7 @@ class ExpertChoiceRouter(Router):
                     self.scope,
                     self.factor,
                     self.num_experts,
+                    field="factor",
                     num_tokens=len(x_TD),
                     sequence_length=sequence_length,
                     key=key,

@@ -32,13 +32,15 @@ def groups_of(
     factor: float,
     num_experts: int,
     *,
+    field: str,
     num_tokens: int,
     sequence_length: int | None,
     key: RandomKey | None,
 ) -> Groups:
     """Groups in which each expert takes ``floor(n factor / E)`` of n tokens.
 
-    The size of a group counts padding, so that shapes are static, as with ``Capacity``.
+    The size of a group counts padding, so that shapes are static, as with ``Capacity``. ``field``
+    is the router's name for the factor.
 
     Raises:
         ValueError: If that is no token at all.
@@ -51,8 +53,8 @@ def groups_of(
     slots = min(size, int(round(size * factor / num_experts, 9)))
     if slots == 0 and order.num_tokens > 0:
         raise UserError(
-            f"experts that choose take factor * tokens / experts = {factor} * {size} / "
-            f"{num_experts} tokens, which rounds to zero; set factor to at least "
+            f"experts that choose take {field} * tokens / experts = {factor} * {size} / "
+            f"{num_experts} tokens, which rounds to zero; set {field} to at least "
             f"{num_experts / size:g} or route more tokens together"
         )
     return Groups(order, size, slots)
