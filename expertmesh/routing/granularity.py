@@ -1,8 +1,8 @@
 """One decision for many tokens: for a sequence, or for a task.
 
-Routers of this library decide for each token. These two put any router whose tokens choose behind a
-coarser decision; the router itself does not know (sentence- and task-level routing: Kudugunta et
-al., arXiv 2110.03742).
+Routers of this library decide for each token. These two put any router whose tokens choose by what
+they hold behind a coarser decision; the router itself does not know (sentence- and task-level
+routing: Kudugunta et al., arXiv 2110.03742).
 """
 
 import dataclasses
@@ -29,15 +29,16 @@ class PerSequence(Router):
     whole, its noise, its losses and its selection bias. ``load_E`` and the metrics count tokens.
 
     Args:
-        router: Any router whose tokens choose.
+        router: Any router whose tokens choose, by what they hold.
 
     Raises:
-        ValueError: If the router takes capacity or losses by ``"sequence"``: there is one decision
-            in each.
+        ValueError: If the router ``looks_up`` something else, or takes capacity or losses by
+            ``"sequence"``: there is one decision in each.
     """
 
     def __init__(self, router: Router) -> None:
         super().__init__()
+        _check_looks_at_x(self, router)
         for field, value in _with_scope(router):
             if value.scope == "sequence":
                 raise UserError(
@@ -118,14 +119,14 @@ class PerTask(Router):
     and losses count tokens, as without the wrapper: a task counts by its tokens.
 
     Args:
-        router: Any router whose tokens choose, none by chance: what is drawn for each token would
-            part the tokens of a task.
+        router: Any router whose tokens choose, by what they hold and not by chance: what is drawn
+            for each token would part the tokens of a task.
         num_tasks: Task ids are from 0 to ``num_tasks - 1``.
         init_std: Standard deviation of the initial task vectors.
         seed: Of the initial task vectors; None draws one from torch's generator.
 
     Raises:
-        ValueError: If the router ``draws``, or a number is out of range.
+        ValueError: If the router ``draws`` or ``looks_up`` something, or a number is out of range.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class PerTask(Router):
         super().__init__()
         if num_tasks < 1:
             raise UserError(f"num_tasks must be at least 1, got {num_tasks}")
+        _check_looks_at_x(self, router)
         check_deviation("init_std", init_std)
         if router.draws is not None:
             raise UserError(
@@ -153,6 +155,11 @@ class PerTask(Router):
         self.task_GD = nn.Parameter(torch.empty(num_tasks, self.dim, device=device, dtype=dtype))
         if not self.task_GD.is_meta:
             self._draw(random.fresh_seed() if seed is None else seed)
+
+    @property
+    def looks_up(self) -> str | None:
+        """See ``Router.looks_up``."""
+        return "a vector is looked up by the task"
 
     @property
     def leaks(self) -> str | None:
@@ -210,6 +217,16 @@ class PerTask(Router):
                     f"{low} to {high}; raise num_tasks"
                 )
         return token_ids
+
+
+def _check_looks_at_x(wrapper: Router, router: Router) -> None:
+    """Refuse routers to which one vector in place of many tokens means nothing."""
+    if router.looks_up is not None:
+        name = type(wrapper).__name__
+        raise UserError(
+            f"{name} needs a router that decides by what tokens hold; in {type(router).__name__} "
+            f"{router.looks_up}; use it without {name}"
+        )
 
 
 def _check_tokens_chose(wrapper: "PerSequence | PerTask", routing: Routing) -> None:

@@ -70,6 +70,11 @@ class HashRouter(Router):
         self._given_V = table.clone()
         self.register_buffer("table_V", self._given_V.to(device=device, copy=True))
 
+    @property
+    def looks_up(self) -> str | None:
+        """See ``Router.looks_up``."""
+        return f"a table is looked up by {self.by!r}"
+
     def reset_parameters(self, seed: int) -> None:
         """Put the table back that was given, whatever the seed: memory may be new and empty."""
         self.table_V.copy_(self._given_V)

@@ -44,6 +44,14 @@ class Router(nn.Module, ABC):
         """
         return None
 
+    @property
+    def looks_up(self) -> str | None:
+        """What of each token it looks at in place of ``x_TD``, in a clause; None if it does not.
+
+        Such a router cannot decide by one vector that stands for many tokens.
+        """
+        return None
+
     @abstractmethod
     def forward(
         self,

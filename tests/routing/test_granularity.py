@@ -13,6 +13,7 @@ from expertmesh.routing import (
     Capacity,
     CosineRouter,
     ExpertChoiceRouter,
+    HashRouter,
     HierarchicalRouter,
     LoadBalancingLoss,
     NormalNoise,
@@ -267,6 +268,20 @@ def test_routers_without_chance_keep_a_task_together():
     for router in (inner(skip=ThresholdSecond(0.5)), quiet, hierarchical()):
         expert_TK = PerTask(router, 3, seed=0)(torch.zeros(12, DIM), token_ids=task_T).expert_TK
         assert torch.equal(expert_TK, expert_TK[:3].repeat(4, 1))
+
+
+@pytest.mark.parametrize("by", ["token", "previous", "position"])
+def test_tables_are_looked_up_by_tokens_alone(by):
+    table = HashRouter(DIM, E, torch.arange(E), by=by)
+    for wrap in (PerSequence, lambda router: PerTask(router, 3)):
+        with pytest.raises(UserError, match=rf"in HashRouter a table is looked up by '{by}'; use"):
+            wrap(table)
+
+
+def test_one_wrapper_takes_no_other_that_looks_tasks_up():
+    with pytest.raises(UserError, match=r"PerSequence needs .* in PerTask a vector is looked up"):
+        PerSequence(PerTask(inner(), 3))
+    assert PerSequence(inner()).looks_up is None
 
 
 @pytest.mark.parametrize("make", [ExpertChoiceRouter, BatchwiseRouter])
