@@ -60,13 +60,15 @@ class Capacity:
         factor: Capacity factor in training.
         eval_factor: Capacity factor in evaluation; None drops nothing there.
         formula: A key of ``FORMULAS``. The same factor means other limits under other names: with
-            S=100, E=8, k=2 and 1.25 switch gives 15, flaxformer and lingvo 16, the rest 32.
+            S=100, E=8, k=2 and 1.25 switch gives 15, flaxformer and lingvo 16, proportional 31, the
+            rest 32.
         order: Who gets the slots. ``"position"``: all first choices before all second ones, each in
             the order of tokens (Switch, GShard, ST-MoE). ``"token"``: token by token, which lets no
-            later token push out an earlier one. ``"priority"``: as position, tokens sorted by their
-            highest weight (V-MoE's batch priority). ``"probability"``: choices sorted by weight
-            (Megatron's ``probs``). ``"random"``: choices in random order (DeepSpeed's RTS).
-            Weights that agree to 12 bits count as equal, and the earlier token comes first.
+            later token push out an earlier one. ``"priority"``: as position, tokens sorted by the
+            highest score of their choices, as it is before renormalisation and scale (the batch
+            priority of V-MoE and Tutel). ``"probability"``: choices sorted by weight (Megatron's
+            ``probs``). ``"random"``: choices in random order (DeepSpeed's RTS). What agrees to 12
+            bits counts as equal, and the earlier token comes first.
         scope: The group of tokens that shares slots.
     """
 
@@ -127,7 +129,7 @@ class Capacity:
     def drop(
         self,
         chosen_TK: Tensor,
-        weight_TK: Tensor,
+        worth_TK: Tensor,
         num_experts: int,
         *,
         training: bool,
@@ -138,7 +140,8 @@ class Capacity:
 
         Args:
             chosen_TK: int64 ``(T, K)``; E marks choices that want no slot.
-            weight_TK: ``(T, K)``; read by the orders that sort by weight.
+            worth_TK: ``(T, K)``, what ``order`` sorts by: scores for ``"priority"``, weights for
+                ``"probability"``.
             num_experts: E.
             training: Which factor applies.
             order: Of the tokens that share the slots, on whichever ranks they are.
@@ -153,7 +156,7 @@ class Capacity:
         if slots is None or order.num_tokens == 0:
             return chosen_TK
         chosen_NK = order.whole(chosen_TK)
-        served_N = _ORDERS[self.order](chosen_TK, weight_TK.detach(), draw, order)
+        served_N = _ORDERS[self.order](chosen_TK, worth_TK.detach(), draw, order)
         token_N = served_N // k
         num_buckets = order.num_tokens // size * (num_experts + 1)
         bucket_N = token_N // size * (num_experts + 1) + chosen_NK.reshape(-1)[served_N]
@@ -162,28 +165,28 @@ class Capacity:
         return torch.where(order.own(full_NK), num_experts, chosen_TK)
 
 
-def _by_position(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+def _by_position(chosen_TK: Tensor, worth_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     k = chosen_TK.shape[1]
     flat = torch.arange(order.num_tokens * k, device=chosen_TK.device)
     return flat.view(order.num_tokens, k).T.reshape(-1)
 
 
-def _by_token(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+def _by_token(chosen_TK: Tensor, worth_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     return torch.arange(order.num_tokens * chosen_TK.shape[1], device=chosen_TK.device)
 
 
-def _by_priority(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+def _by_priority(chosen_TK: Tensor, worth_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     k = chosen_TK.shape[1]
-    best_N = order.whole(coarse(weight_TK.amax(dim=1)))
+    best_N = order.whole(coarse(worth_TK.amax(dim=1)))
     token_N = best_N.argsort(descending=True, stable=True)
     return (token_N[:, None] * k + torch.arange(k, device=token_N.device)).T.reshape(-1)
 
 
-def _by_probability(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
-    return order.whole(coarse(weight_TK)).reshape(-1).argsort(descending=True, stable=True)
+def _by_probability(chosen_TK: Tensor, worth_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+    return order.whole(coarse(worth_TK)).reshape(-1).argsort(descending=True, stable=True)
 
 
-def _at_random(chosen_TK: Tensor, weight_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
+def _at_random(chosen_TK: Tensor, worth_TK: Tensor, draw: Draw, order: Arrangement) -> Tensor:
     lottery_TK = draw.uniform(_DROP_ORDER, chosen_TK.shape[1], torch.float64)
     return order.whole(lottery_TK).reshape(-1).argsort(stable=True)
 

@@ -202,9 +202,9 @@ def _deepseek_v3(dim: int, num_experts: int) -> Options:
 def _tutel(dim: int, num_experts: int) -> Options:
     """Tutel's defaults (arXiv 2206.03382 and its code): top-2, shared before dropping.
 
-    Its batch priority is ``capacity={"order": "priority"}``, its ``gate_noise`` is
-    ``NormalNoise(gate_noise / E)``. The coefficient is its users' to set; 0.01 here. The initial
-    spread is that of ``torch.nn.Linear``.
+    Its batch priority, by scores before they are shared, is ``capacity={"order": "priority"}``, its
+    ``gate_noise`` is ``NormalNoise(gate_noise / E)``. The coefficient is its users' to set; 0.01
+    here. The initial spread is that of ``torch.nn.Linear``.
     """
     return {
         "k": 2,

@@ -161,7 +161,9 @@ class TokenChoice(Router):
                 logits, padding_mask, routing, draw
             )
             if routing is None:
-                admitted = self._admit(chosen_TK, gate_TK.detach(), load_E, sequence_length, draw)
+                admitted = self._admit(
+                    chosen_TK, score_TE.detach(), gate_TK.detach(), load_E, sequence_length, draw
+                )
             else:
                 admitted = _Admitted(
                     routing.expert_TK, routing.load_E, routing.dropped_TK, routing.most_per_expert
@@ -249,16 +251,20 @@ class TokenChoice(Router):
 
     def _gates(self, score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
         """What each choice weighs before any is skipped or dropped."""
-        score_TK = score_TE.gather(1, chosen_TK.clamp_max(self.num_experts - 1))
-        gate_TK = torch.where(chosen_TK < self.num_experts, score_TK, 0.0)
+        gate_TK = self._chosen_scores(score_TE, chosen_TK)
         if self.renormalize == "chosen":
             gate_TK = _over_sum(gate_TK)
         return self.scale * gate_TK
+
+    def _chosen_scores(self, score_TE: Tensor, chosen_TK: Tensor) -> Tensor:
+        score_TK = score_TE.gather(1, chosen_TK.clamp_max(self.num_experts - 1))
+        return torch.where(chosen_TK < self.num_experts, score_TK, 0.0)
 
     @torch.no_grad()
     def _admit(
         self,
         chosen_TK: Tensor,
+        score_TE: Tensor,
         gate_TK: Tensor,
         load_E: Tensor | None,
         sequence_length: int | None,
@@ -273,8 +279,10 @@ class TokenChoice(Router):
         if self.capacity is None:
             return _Admitted(wanted_TK, load_E, None, None)
         order = self._order(len(chosen_TK), sequence_length, draw.key)
+        by_score = self.capacity.order == "priority"
+        worth_TK = self._chosen_scores(score_TE, chosen_TK) if by_score else gate_TK
         expert_TK = self.capacity.drop(
-            wanted_TK, gate_TK, self.num_experts, training=self.training, order=order, draw=draw
+            wanted_TK, worth_TK, self.num_experts, training=self.training, order=order, draw=draw
         )
         expert_TK = decision(expert_TK)
         most = self.capacity.most_per_expert(

@@ -116,6 +116,19 @@ def test_a_group_limit_knows_its_scores():
         GroupLimit(num_groups=4, kept=1, score="top2sum")
 
 
+@pytest.mark.parametrize("renormalize", ["no", "chosen", "kept"])
+def test_priority_is_by_scores_before_they_are_renormalised(renormalize, identity_router):
+    """Tutel's ``scores.max(dim=1)``; shared between the two, the second token's is the higher."""
+    p = torch.tensor([[0.5, 0.4, 0.05, 0.05], [0.4, 0.1, 0.25, 0.25]], dtype=torch.float64)
+    capacity = Capacity(factor=1.0, eval_factor=1.0, order="priority")
+    router = identity_router(2, capacity=capacity, renormalize=renormalize)
+    for training in (True, False):
+        for order in ([0, 1], [1, 0]):
+            served_TK = router.train(training)(p[order].log()).expert_TK
+            assert served_TK[order.index(0)].tolist() == [0, 1]
+            assert served_TK[order.index(1)].tolist() == [4, 2]
+
+
 def test_scores_are_wide_under_autocast_and_in_half_models():
     x = torch.randn(5, 8)
     router = TopKRouter(8, 4, 2, seed=0)
