@@ -36,6 +36,7 @@ FORMULAS: dict[str, Callable[[int, int, int, float], int]] = {
     "deepspeed": lambda s, e, k, f: max(4, math.ceil(_fraction(k * s * f, e))),
     "colossalai": lambda s, e, k, f: max(4, (math.floor(_fraction(k * s * f, e)) + 1) // 2 * 2),
     "tutel": lambda s, e, k, f: k * math.floor(round(f * math.ceil(s / e), 9)),
+    "megatron": lambda s, e, k, f: math.ceil(_fraction(k * s * f, e)),
     "proportional": lambda s, e, k, f: math.floor(_fraction(k * s * f, e)),
 }
 """Slots per expert from (group size S, experts E, choices k, factor f). Sources: papers' codes.
@@ -44,7 +45,7 @@ switch: min(S, max(4, floor(S f / E))), without k (mesh-tensorflow); lingvo (GSh
 floor(S f / E) raised to a multiple of 4; flaxformer (ST-MoE): round(f S / E), at least 4;
 vmoe: ceil(k S f / E) raised to a multiple of 4; deepspeed: ceil(k S f / E), at least 4;
 colossalai: floor(k f S / E) made even, at least 4; tutel: k floor(f ceil(S / E));
-proportional (MegaBlocks' MoE): floor(k f S / E).
+megatron: ceil(k S f / E); proportional (MegaBlocks' MoE): floor(k f S / E).
 """
 
 DropOrder = Literal["position", "token", "priority", "probability", "random"]

@@ -274,7 +274,7 @@ def _megatron(dim: int, num_experts: int) -> Options:
     """Megatron-LM's defaults (its code): top-2 of logits, softmax over the chosen, dropless.
 
     Its capacity, where one is set, is
-    ``Capacity(factor, formula="proportional", order="probability")``. Its coefficient is 0 unless
+    ``Capacity(factor, formula="megatron", order="probability")``. Its coefficient is 0 unless
     set; 0.01, the one its guide recommends, here.
     """
     return {

@@ -14,6 +14,7 @@ SAME_FACTOR = {
     "deepspeed": 32,
     "tutel": 32,
     "colossalai": 32,
+    "megatron": 32,
     "proportional": 31,
 }
 
@@ -28,6 +29,12 @@ def test_the_same_factor_means_other_limits(formula):
 def test_decimal_factors_count_as_written():
     assert Capacity(factor=1.1).slots(30, 3, 1, training=True) == 11
     assert Capacity(factor=0.1, formula="deepspeed").slots(300, 3, 1, training=True) == 10
+
+
+def test_megatron_rounds_up_and_has_no_least_number():
+    capacity = Capacity(factor=0.3, formula="megatron")
+    assert capacity.slots(10, 8, 1, training=True) == 1
+    assert capacity.slots(80, 8, 2, training=True) == 6
 
 
 def test_evaluation_has_its_own_factor():
