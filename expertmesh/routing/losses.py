@@ -184,6 +184,9 @@ def squared_cv(value_GE: Tensor, variance: Variance) -> Tensor:
     return spread_G / (mean_G1[..., 0] ** 2 + 1e-10)
 
 
+Importance = Literal["gates", "probabilities", "clean_probabilities"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportanceLoss(BalanceLoss):
     """CV^2 of the experts' summed weights (Shazeer et al., arXiv 1701.06538, eq. 6-7).
@@ -192,44 +195,55 @@ class ImportanceLoss(BalanceLoss):
 
     Attributes:
         coef: What multiplies it.
-        of: ``"gates"``, the weights of chosen experts (Shazeer), or ``"probabilities"`` (V-MoE).
+        of: ``"gates"``, the weights of chosen experts (Shazeer); ``"probabilities"``, the scores of
+            all experts over their sum; or ``"clean_probabilities"``, the softmax of the logits
+            without noise (V-MoE).
         variance: See ``Variance``.
         scope: The tokens of one statistic.
         name: Its key in ``Routing.losses``.
     """
 
     coef: float
-    of: Literal["gates", "probabilities"] = "gates"
+    of: Importance = "gates"
     variance: Variance = "population"
     scope: Scope = "micro_batch"
     name: str = "importance"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option("importance loss of", self.of, ("gates", "probabilities"))
+        check_option("importance loss of", self.of, get_args(Importance))
         check_option("importance loss variance", self.variance, get_args(Variance))
         check_scope("importance loss scope", self.scope)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         if self.of == "gates":
             value_TE = evidence.spread(evidence.gate_TK, evidence.chosen_TK)
+        elif self.of == "clean_probabilities":
+            value_TE = evidence.logits.clean_TE.softmax(dim=1)
         else:
             value_TE = evidence.probability_TE()
         cv_G = squared_cv(evidence.total(value_TE, self.scope), self.variance)
         return self.coef * evidence.mean(cv_G, self.scope)
 
 
-def smooth_load(logits: NoisyLogits, k: int) -> Tensor:
+Threshold = Literal["kth_of_others", "kth"]
+"""What an expert must exceed: the k-th best logit of the others, or the k-th best of all."""
+
+
+def smooth_load(logits: NoisyLogits, k: int, threshold: Threshold = "kth_of_others") -> Tensor:
     """P(x, i): the chance that expert i is among the k best if its own noise is drawn again.
 
     Shazeer et al., arXiv 1701.06538, eq. 8-9: Phi((clean_i - kth_excluding(noisy, k, i)) / std_i).
+    V-MoE (arXiv 2106.05974) compares with the k-th best of all, expert i included: that is the same
+    for experts that were not chosen, and too low a chance for those that were.
 
     Args:
         logits: With additive normal noise.
         k: Choices per token.
+        threshold: See ``Threshold``.
 
     Returns:
-        ``(T, E)``. For k = E every chance is 1.
+        ``(T, E)``. For k = E every chance is 1, unless the threshold is ``"kth"``.
 
     Raises:
         ValueError: If the noise has no standard deviation.
@@ -239,12 +253,14 @@ def smooth_load(logits: NoisyLogits, k: int) -> Tensor:
             "the load loss needs additive normal noise on the logits; "
             "set noise to NormalNoise or LearnedNoise"
         )
-    if k == logits.clean_TE.shape[1]:
+    num_experts = logits.clean_TE.shape[1]
+    if threshold == "kth_of_others" and k == num_experts:
         return torch.ones_like(logits.clean_TE)
-    best = logits.noisy_TE.topk(k + 1, dim=1).values
-    kth, next_one = best[:, k - 1 : k], best[:, k : k + 1]
-    # Without expert i the k-th best is the (k+1)-th of all if i is among the k best, else the k-th.
-    threshold_TE = torch.where(logits.noisy_TE >= kth, next_one, kth)
+    best = logits.noisy_TE.topk(min(k + 1, num_experts), dim=1).values
+    threshold_TE = kth_T1 = best[:, k - 1 : k]
+    if threshold == "kth_of_others":
+        # Without i the k-th best is the (k+1)-th of all if i is among the k best, else the k-th.
+        threshold_TE = torch.where(logits.noisy_TE >= kth_T1, best[:, k:], kth_T1)
     return torch.special.ndtr((logits.clean_TE - threshold_TE) / logits.std_TE)
 
 
@@ -282,11 +298,21 @@ class LoadVariation(BalanceLoss):
 class LoadLoss(LoadVariation):
     """CV^2 of the smooth load estimate (Shazeer et al., arXiv 1701.06538, eq. 10-11). 0 at balance.
 
-    Attributes are ``LoadVariation``'s.
+    Attributes are ``LoadVariation``'s, and:
+
+    Attributes:
+        threshold: ``"kth_of_others"`` (Shazeer) or ``"kth"`` (V-MoE); see ``smooth_load``.
     """
 
+    threshold: Threshold = "kth_of_others"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option("load loss threshold", self.threshold, get_args(Threshold))
+
     def load_GE(self, evidence: Evidence) -> Tensor:
-        return evidence.total(smooth_load(evidence.logits, evidence.k), self.scope)
+        chance_TE = smooth_load(evidence.logits, evidence.k, self.threshold)
+        return evidence.total(chance_TE, self.scope)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,14 +78,18 @@ def _glam(dim: int, num_experts: int) -> Options:
 def _v_moe(dim: int, num_experts: int) -> Options:
     """V-MoE (arXiv 2106.05974): top-2 of noisy probabilities, raw, importance and load losses.
 
-    Its batch priority is ``capacity={"order": "priority"}``. The factor in evaluation is that of
-    its published configurations.
+    Both losses are its code's: importance of the probabilities without noise, load by the k-th best
+    noisy logit. Its batch priority is ``capacity={"order": "priority"}``. The factor in evaluation
+    is that of its published configurations.
     """
     return {
         "k": 2,
         "noise": NormalNoise(),
         "capacity": Capacity(factor=1.05, eval_factor=4.0, formula="vmoe"),
-        "losses": (ImportanceLoss(coef=5e-3, of="probabilities"), LoadLoss(coef=5e-3)),
+        "losses": (
+            ImportanceLoss(coef=5e-3, of="clean_probabilities"),
+            LoadLoss(coef=5e-3, threshold="kth"),
+        ),
         "init_std": dim**-0.5,
     }
 

@@ -1,5 +1,7 @@
 """Exact identities of MoE layers, on drawn shapes, ties and extreme logits, in float64."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -20,7 +22,7 @@ from expertmesh.routing import (
     ZLoss,
 )
 from expertmesh.routing.capacity import FORMULAS
-from expertmesh.routing.losses import smooth_load
+from expertmesh.routing.losses import Importance, smooth_load
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.soft_moe import SoftMoE
 from expertmesh.testing import assert_close
@@ -164,7 +166,7 @@ def test_balance_losses_at_balance(num_experts, rounds, data):
         "deepseek_v3": 1.0,
     }
     losses = [LoadBalancingLoss(coef=1.0, form=form, name=form) for form in at_balance]
-    losses += [ImportanceLoss(coef=1.0, of=of, name=of) for of in ("gates", "probabilities")]
+    losses += [ImportanceLoss(coef=1.0, of=of, name=of) for of in get_args(Importance)]
     for score in ("softmax", "sigmoid"):
         found = router_of(num_experts, k, score=score, losses=losses)(x).losses
         for name, value in found.items():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -17,8 +19,10 @@ from expertmesh.routing import (
     UniformNoise,
     ZLoss,
 )
+from expertmesh.routing.evidence import Evidence
 from expertmesh.routing.losses import FORMS, smooth_load, squared_cv
 from expertmesh.routing.noise import NoisyLogits
+from expertmesh.routing.population import Alone
 
 
 def value(router, x, **arguments):
@@ -61,6 +65,43 @@ def test_reference_smooth_load(one_token):
     expected = torch.tensor([[0.998045, 0.925447, 0.074553, 0.001955]], dtype=torch.float64)
     torch.testing.assert_close(chance, expected, atol=1e-6, rtol=0)
     assert float(chance.sum()) == pytest.approx(2, abs=1e-9)
+
+
+def plain_v_moe(clean, noisy, std, k):
+    """V-MoE's importance and load loss by loops over tokens and experts."""
+    importance, load = torch.zeros(clean.shape[1]).double(), torch.zeros(clean.shape[1]).double()
+    for token in range(len(clean)):
+        p = clean[token].exp() / clean[token].exp().sum()
+        threshold = sorted(noisy[token].tolist())[-k]
+        for expert in range(clean.shape[1]):
+            importance[expert] += p[expert]
+            far = float(clean[token, expert] - threshold) / std
+            load[expert] += 0.5 * (1 + math.erf(far / math.sqrt(2)))
+    variance = [((v - v.mean()) ** 2).mean() / v.mean() ** 2 for v in (importance, load)]
+    return [float(v) for v in variance]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_losses_of_v_moe_are_its_definitions(k):
+    generator = torch.Generator().manual_seed(k)
+    clean, noise = torch.randn(2, 13, 4, dtype=torch.float64, generator=generator)
+    noisy = clean + 0.25 * noise
+    evidence = Evidence(
+        logits=NoisyLogits(clean, noisy, torch.tensor(0.25, dtype=torch.float64)),
+        score_TE=noisy.softmax(1),
+        chosen_TK=noisy.topk(k).indices,
+        gate_TK=noisy.softmax(1).topk(k).values,
+        padding_mask=None,
+        sequence_length=None,
+        population=Alone(),
+        key=None,
+    )
+    importance = ImportanceLoss(coef=1.0, of="clean_probabilities")(evidence)
+    load = LoadLoss(coef=1.0, threshold="kth")(evidence)
+    assert [float(importance), float(load)] == pytest.approx(plain_v_moe(clean, noisy, 0.25, k))
+    assert float(LoadLoss(coef=1.0)(evidence)) != pytest.approx(float(load))
+    noisy_importance = ImportanceLoss(coef=1.0, of="probabilities")(evidence)
+    assert float(noisy_importance) != pytest.approx(float(importance))
 
 
 def test_reference_squared_cv():
@@ -200,6 +241,7 @@ def test_unknown_form_and_scope():
         (ImportanceLoss, {"variance": "biased"}, "variance must be one of population, unbiased"),
         (ImportanceLoss, {"scope": "batch"}, "importance loss scope must be 'micro_batch'"),
         (LoadLoss, {"variance": "sample"}, "load loss variance must be one of population, unbi"),
+        (LoadLoss, {"threshold": "k"}, "load loss threshold must be one of kth_of_others, kth"),
         (LoadLoss, {"scope": 0}, "load loss scope must be 'micro_batch'"),
         (HierarchicalLoadLoss, {"variance": 1}, "load loss variance must be one of population"),
         (LoadBalancingLoss, {"form": 3}, "balance loss form must be one of switch"),

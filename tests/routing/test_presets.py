@@ -207,7 +207,8 @@ def test_overrides():
 
 def test_the_balance_coefficient_is_that_of_whatever_balances():
     losses = make("v_moe", balance_coef=0.25).losses
-    assert losses == (ImportanceLoss(coef=0.25, of="probabilities"), LoadLoss(coef=0.25))
+    importance = ImportanceLoss(coef=0.25, of="clean_probabilities")
+    assert losses == (importance, LoadLoss(coef=0.25, threshold="kth"))
     assert make("v_moe", balance_coef=0).losses == ()
     added = make("mixtral", losses=(), balance_coef=0.25).losses
     assert added == (LoadBalancingLoss(coef=0.25),)
