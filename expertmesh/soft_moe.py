@@ -9,13 +9,10 @@ from expertmesh.experts import Experts
 from expertmesh.layer import MoE
 from expertmesh.random import RandomKey
 from expertmesh.routing import Router, Routing
-from expertmesh.routing.logits import wide_dtype
+from expertmesh.routing.logits import unit, wide_dtype
 from expertmesh.routing.selection import count_experts
 
 __all__ = ["SoftMoE"]
-
-_EPSILON = 1e-6
-"""Added to squared norms, so that a token of zeros has one."""
 
 
 class SoftMoE(nn.Module):
@@ -123,8 +120,8 @@ class SoftMoE(nn.Module):
 
     def _mixtures(self, x_BSD: Tensor, padding_BS1: Tensor | None) -> tuple[Tensor, Tensor]:
         """``D`` and ``C``, both ``(B, S, E P)``; rows of padding are zero."""
-        phi_DS = _unit(self.phi_DS.to(x_BSD.dtype), 0) * self.scale_1.to(x_BSD.dtype)
-        logits_BSN = _unit(x_BSD, -1) @ phi_DS
+        phi_DS = unit(self.phi_DS.to(x_BSD.dtype), 0) * self.scale_1.to(x_BSD.dtype)
+        logits_BSN = unit(x_BSD, -1) @ phi_DS
         combine_BSN = logits_BSN.softmax(dim=2)
         if padding_BS1 is None:
             return logits_BSN.softmax(dim=1), combine_BSN
@@ -183,8 +180,3 @@ class _SlotRouter(Router):
             load_E=count_experts(expert_TK, self.num_experts),
             most_per_expert=len(x_TD) // self.num_experts,
         )
-
-
-def _unit(value: Tensor, dim: int) -> Tensor:
-    """Vectors along ``dim`` with norm 1."""
-    return value * (value.square().sum(dim=dim, keepdim=True) + _EPSILON).rsqrt()

@@ -15,7 +15,7 @@ from expertmesh.random import label
 from expertmesh.routing.capacity import Capacity
 from expertmesh.routing.checks import check_deviation
 from expertmesh.routing.draw import Draw
-from expertmesh.routing.logits import wide_dtype
+from expertmesh.routing.logits import unit, wide_dtype
 from expertmesh.routing.losses import BalanceLoss, LoadLoss
 from expertmesh.routing.noise import NoisyLogits
 from expertmesh.routing.token_choice import Renormalize, TokenChoice
@@ -30,6 +30,8 @@ class CosineRouter(TokenChoice):
 
     After Tutel's code (arXiv 2206.03382; its cosine_top gate). W, b and the experts' directions M
     are learned, and so is tau, which starts at ``log(1 / temperature)``. Logits never exceed 100.
+    Where ``W x_t + b`` all but vanishes, as for a token of zeros at the start, its cosines do too,
+    so that gradients stay bounded; 1e-6 is added to its squared length.
 
     Args:
         dim: D.
@@ -117,7 +119,7 @@ class CosineRouter(TokenChoice):
         wide = wide_dtype(x_TD, self.proj_PD)
         x_TP = functional.linear(x_TD.to(wide), self.proj_PD.to(wide), self.bias_P.to(wide))
         direction_EP = functional.normalize(self.direction_EP.to(wide), dim=1)
-        cosine_TE = functional.normalize(x_TP, dim=1) @ direction_EP.T
+        cosine_TE = unit(x_TP, dim=1) @ direction_EP.T
         clean_TE = cosine_TE * self.tau.to(wide).clamp_max(_MOST).exp()
         if not self.training or self.noise_std == 0:
             return NoisyLogits(clean_TE, clean_TE)

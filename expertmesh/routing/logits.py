@@ -25,6 +25,18 @@ def wide_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return x_TD.to(wide) @ weight_ED.to(wide).T
 
 
+_EPSILON = 1e-6
+"""Added to squared norms, so that a token of zeros has one."""
+
+
+def unit(value: Tensor, dim: int) -> Tensor:
+    """Vectors along ``dim`` with norm 1; smoothly shorter where they all but vanish.
+
+    A zero has no direction: it stays zero, with a gradient of at most 1e3 times what comes back.
+    """
+    return value * (value.square().sum(dim=dim, keepdim=True) + _EPSILON).rsqrt()
+
+
 def coarse(value: Tensor) -> Tensor:
     """Float32 values rounded to 12 bits of mantissa.
 

@@ -8,6 +8,8 @@ from expertmesh.routing import Capacity, CosineRouter, LoadLoss
 
 X = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
+CLOSE = {"atol": 1e-6, "rtol": 1e-6}  # of lengths, to whose squares 1e-6 is added
+
 
 def router(k=2, **options):
     return CosineRouter(6, 5, k, proj_dim=7, seed=0, dtype=torch.float64, **options)
@@ -20,20 +22,36 @@ def test_logits_are_scaled_cosines():
     routing = made(X)
     projected = X @ made.proj_PD.T + made.bias_P
     cosine = functional.cosine_similarity(projected[:, None], made.direction_EP[None], dim=2)
-    torch.testing.assert_close(routing.logits_TE, 4.0 * cosine)
+    torch.testing.assert_close(routing.logits_TE, 4.0 * cosine, **CLOSE)
     best = (4.0 * cosine).softmax(1).topk(2, dim=1)
     assert torch.equal(routing.expert_TK, best.indices)
-    torch.testing.assert_close(routing.weight_TK, best.values / best.values.sum(1, keepdim=True))
+    weight = best.values / best.values.sum(1, keepdim=True)
+    torch.testing.assert_close(routing.weight_TK, weight, **CLOSE)
 
 
 def test_length_does_not_matter_and_temperature_is_bounded():
     made = router()
-    torch.testing.assert_close(made(X).logits_TE, made(1e3 * X).logits_TE)
+    torch.testing.assert_close(made(X).logits_TE, made(1e3 * X).logits_TE, **CLOSE)
     with torch.no_grad():
         made.tau.fill_(50.0)
     logits = made(X).logits_TE
     assert logits.abs().max() <= 100.0 + 1e-9
     assert made(1e4 * X).weight_TK.isfinite().all()
+
+
+def test_a_token_of_zeros_has_a_bounded_gradient_and_changes_no_other():
+    made = CosineRouter(16, 8, 2, seed=0)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    x[2] = 0
+    x.requires_grad_()
+    routing = made(x)
+    assert (routing.logits_TE[2] == 0).all()
+    projected = functional.linear(x, made.proj_PD, made.bias_P)
+    cosine = functional.cosine_similarity(projected[:, None], made.direction_EP[None], dim=2)
+    torch.testing.assert_close(routing.logits_TE, 2.0 * cosine, atol=1e-6, rtol=0)
+    routing.weight_TK[:, 0].sum().backward()
+    for gradient in (x.grad, *(parameter.grad for parameter in made.parameters())):
+        assert gradient.abs().max() < 1e3
 
 
 def test_everything_learns():
