@@ -20,7 +20,8 @@ class Evidence:
     Attributes:
         logits: Router logits with and without noise.
         score_TE: ``(T, E)`` softmax or sigmoid scores, with gradient.
-        chosen_TK: int64 ``(T, K)`` choices before capacity; E marks skipped choices and padding.
+        chosen_TK: int64 ``(T, K)``, the k best, before any is skipped by rule or dropped: losses
+            count these, as the published codes do. E marks padding.
         gate_TK: ``(T, K)`` combine weights before capacity.
         padding_mask: bool ``(T,)``, True for padding, or None.
         sequence_length: Tokens of a sequence on this rank, or None.

@@ -15,6 +15,7 @@ from expertmesh.routing import (
     SelectionBias,
     SinkhornRouter,
     ThresholdLoss,
+    ThresholdSecond,
     TopKRouter,
     UniformNoise,
     ZLoss,
@@ -159,6 +160,14 @@ def test_sequence_scope_is_the_mean_over_sequences_without_padding():
         together = value(per_sequence, x.view(-1, 8), padding_mask=mask.view(-1), sequence_length=6)
         alone = [value(whole, x[0, :4]), value(whole, x[1])]
         assert together == pytest.approx(sum(alone) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize("form", ["megablocks", "huggingface"])
+def test_skipped_choices_count_as_choices(form, four_tokens, identity_router):
+    losses = (LoadBalancingLoss(coef=1.0, form=form),)
+    skipping = identity_router(2, losses=losses, skip=ThresholdSecond(1.0))
+    assert (skipping(four_tokens).expert_TK[:, 1] == 4).all()
+    assert value(skipping, four_tokens) == value(identity_router(2, losses=losses), four_tokens)
 
 
 def test_gradient_flows_through_probabilities_only(identity_router):
