@@ -92,6 +92,12 @@ class _RankArrangement(Arrangement):
         value_NX = all_gather(value_TX.detach(), self._group, sizes=self._sizes)
         return value_NX if self._order_N is None else value_NX[self._order_N]
 
+    def whole_padding(self, padding_mask: Tensor | None) -> Tensor:
+        # Asked for even where this rank has none: another may.
+        if padding_mask is None:
+            padding_mask = torch.zeros_like(self._place_T, dtype=torch.bool)
+        return self.whole(padding_mask)
+
     def own(self, value_NX: Tensor) -> Tensor:
         return value_NX[self._place_T]
 

@@ -115,7 +115,7 @@ class BaseRouter(Router):
                 order = self.population.arrange(len(x_TD), sequence_length, key)
                 most = -(-order.num_tokens // self.num_experts)
                 affinity_NE = order.whole(coarse(logits_TE.detach()))
-                padding_N = None if padding_mask is None else order.whole(padding_mask)
+                padding_N = order.whole_padding(padding_mask)
                 expert_N = balanced_assignment(affinity_NE, padding_N, tolerance=self.tolerance)
                 expert_T1 = decision(order.own(expert_N)[:, None])
             else:

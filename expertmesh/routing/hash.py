@@ -152,8 +152,9 @@ def _itself(token_T: Tensor, padding_mask: Tensor | None, order: Arrangement) ->
 def _previous(token_T: Tensor, padding_mask: Tensor | None, order: Arrangement) -> Tensor:
     token_N = order.whole(token_T)
     first_N = _position(order, token_T.device) == 0
-    if padding_mask is not None:
-        first_N = first_N | order.whole(padding_mask).roll(1)
+    padding_N = order.whole_padding(padding_mask)
+    if padding_N is not None:
+        first_N = first_N | padding_N.roll(1)
     return order.own(torch.where(first_N, token_N, token_N.roll(1)))
 
 

@@ -2,6 +2,10 @@
 
 Capacity and balance statistics belong to the model's micro-batch, however many ranks hold its
 tokens. Routers ask here and never learn where the other tokens are.
+
+All ranks must ask for the same things, of one size, in one order. So what is asked must not depend
+on what differs between ranks: whether a rank was given a padding mask, how many tokens it has, or
+whether a kernel takes them (none takes T = 0).
 """
 
 from abc import ABC, abstractmethod
@@ -26,6 +30,13 @@ class Arrangement(ABC):
     @abstractmethod
     def whole(self, value_TX: Tensor) -> Tensor:
         """All ranks' values in the micro-batch's order, ``(N, ...)``; without gradient."""
+
+    @abstractmethod
+    def whole_padding(self, padding_mask: Tensor | None) -> Tensor | None:
+        """All ranks' padding masks, bool ``(N,)``; None is a rank whose tokens all count.
+
+        None where no other rank could have padding.
+        """
 
     @abstractmethod
     def own(self, value_NX: Tensor) -> Tensor:
@@ -112,6 +123,9 @@ class _InOrder(Arrangement):
 
     def whole(self, value_TX: Tensor) -> Tensor:
         return value_TX
+
+    def whole_padding(self, padding_mask: Tensor | None) -> Tensor | None:
+        return padding_mask
 
     def own(self, value_NX: Tensor) -> Tensor:
         return value_NX

@@ -177,7 +177,7 @@ class SinkhornRouter(Router):
     ) -> Tensor:
         if self.training:
             order = self.population.arrange(len(logits_TE), sequence_length, key)
-            padding_N = None if padding_mask is None else order.whole(padding_mask)
+            padding_N = order.whole_padding(padding_mask)
             offset_E = sinkhorn_offsets(order.whole(logits_TE), self.rounds, padding_N)
             logits_TE = logits_TE + offset_E
         chosen_TK = top_k(logits_TE, self.k)
