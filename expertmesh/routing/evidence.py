@@ -146,14 +146,18 @@ class Evidence:
     def load_and_probability(self, chosen_TK: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
         """Means over the tokens of each group, ``(groups, E)``: choices of e, probability of e.
 
-        Ranks meet once, and learn the number of tokens too.
+        Ranks meet once, and learn the number of tokens too if that is not known yet.
         """
         split = not isinstance(self.population, Alone) and self.padding_mask is None
         if split and scope == "micro_batch" and counts(self.score_TE):
-            sum_X = router_sums(self.score_TE, chosen_TK, softmax=self.softmax)
-            sum_1X = self.population.total(sum_X.unsqueeze(0))
-            self._num_tokens[scope] = sum_1X[:, -1].detach()
-            mean_1X = sum_1X[:, :-1] / self._num_tokens[scope].clamp_min(1)
+            sum_1X = router_sums(self.score_TE, chosen_TK, softmax=self.softmax).unsqueeze(0)
+            # Other ranks may be in the branch below, so as many numbers are sent as there.
+            if scope in self._num_tokens:
+                sum_1X = self.population.total(sum_1X[:, :-1])
+            else:
+                sum_1X, count_11 = self.population.total(sum_1X).tensor_split([-1], dim=1)
+                self._num_tokens[scope] = count_11[:, 0].detach()
+            mean_1X = sum_1X / self._num_tokens[scope].clamp_min(1)
             load_GE, probability_GE = mean_1X.split(self.num_experts, dim=1)
         else:
             hits_TE = self.spread(torch.ones_like(chosen_TK, dtype=self.score_TE.dtype), chosen_TK)

@@ -319,10 +319,10 @@ class Twins(Population):
     num_ranks, ranks_per_sequence, sequence_part = 2, 1, (0, 1)
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.sent: list[int] = []
 
     def total(self, value: Tensor, *, copies: int = 1) -> Tensor:
-        self.asked += 1
+        self.sent.append(value.numel())
         return value + value.detach() * (2 * copies - 1)
 
     def sequence_total(self, value_BX: Tensor) -> Tensor:
@@ -336,8 +336,13 @@ class Twins(Population):
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_losses_of_several_ranks_by_kernels(monkeypatch: pytest.MonkeyPatch, score: str) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_losses_of_several_ranks_by_kernels(
+    monkeypatch: pytest.MonkeyPatch, score: str, first: int
+) -> None:
+    """Ranks that cannot use them, having padding or no tokens, send as many numbers."""
     losses = [LoadBalancingLoss(coef=0.3, form="megablocks"), ZLoss(coef=0.1)]
+    losses = [losses[first], losses[1 - first]]
     router = TopKRouter(8, 6, 2, score=score, init_std=1.0, seed=0, losses=losses)
     router.population = twins = Twins()
     x = normal(40, 8, seed=1)
@@ -347,11 +352,13 @@ def test_losses_of_several_ranks_by_kernels(monkeypatch: pytest.MonkeyPatch, sco
         return found, torch.autograd.grad(sum(found.values()), router.weight_ED)[0]
 
     (expected, exact), asked = run(), []
+    without_kernels = list(twins.sent)
     monkeypatch.setattr("expertmesh.routing.evidence.counts", lambda table: not asked.append(table))
-    twins.asked = 0
+    twins.sent.clear()
     actual, gradient = run()
     assert asked
-    assert twins.asked == 2
+    assert twins.sent == without_kernels
+    assert len(twins.sent) == 2
     for name in expected:
         assert_close(name, actual[name], expected[name], 1e-5)
     assert_close("gradient", gradient, exact, 1e-5)
