@@ -13,6 +13,7 @@ from expertmesh.parallel.experts import distinct_moe_layers, place_experts
 from expertmesh.parallel.fsdp import copy_values_of_first_rank
 from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
+from expertmesh.parallel.replaced import replacing
 from expertmesh.routing import SelectionBias
 from expertmesh.shards import is_sharded, shard_of
 
@@ -29,9 +30,9 @@ def ddp(
     for both. Balance losses are taken over all ranks' tokens and count once, as in one process; in
     accumulation tell the layers each micro-batch's share with ``set_loss_scale``.
 
-    Give the optimizer ``param_groups(model)``, and clip with ``clip_grad_norm_(model, max_norm,
-    mesh)``: torch's own, given some parameters that are dealt out and some that are not, raises an
-    error.
+    Make the optimizer afterwards, of ``param_groups(model)``, and clip with
+    ``clip_grad_norm_(model, max_norm, mesh)``: torch's own, given some parameters that are dealt
+    out and some that are not, raises an error.
 
     Args:
         model: On this rank's device, the same on all ranks; those of the first rank count.
@@ -61,7 +62,8 @@ def ddp(
         raise UserError("DDP needs several processes, got a mesh of one; start with torchrun")
     check_free(model, "ddp")
     copy_values_of_first_rank(model, mesh)
-    place_experts(model, mesh, dispatch=dispatch, averaged=mesh.world)
+    with replacing(model, "ddp"):
+        place_experts(model, mesh, dispatch=dispatch, averaged=mesh.world)
     _leave_to_us(model)
     # Known to be equal already; and of the experts DDP must not copy one rank's to all.
     wrapped = DistributedDataParallel(

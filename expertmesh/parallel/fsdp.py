@@ -25,6 +25,7 @@ from expertmesh.experts.stacked import StackedMLPExperts
 from expertmesh.parallel.experts import check_experts, distinct_moe_layers, place_experts
 from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
+from expertmesh.parallel.replaced import replacing
 from expertmesh.parallel.tensor import shard_attention, tensor_parallel_groups
 from expertmesh.shards import shard_of
 
@@ -58,7 +59,7 @@ def parallelize(
     dispatch: str = "all_to_all",
     narrow: torch.dtype | None = None,
 ) -> ModelT:
-    """Lay a model out over a mesh, in place.
+    """Lay a model out over a mesh, in place. Make the optimizer afterwards.
 
     Ranks must have built the same model. One with values gets those of the stage's first rank;
     one on the meta device is given values afterwards (``to_empty``, ``init_weights``), each rank
@@ -102,14 +103,15 @@ def parallelize(
     check_free(model, "parallelize")
     check_experts(model, mesh, dispatch)
     copy_values_of_first_rank(model, mesh)
-    if mesh.degree("tp") > 1:
-        shard_attention(model, mesh)
-    try:
-        place_experts(model, mesh, dispatch=dispatch)
-        _shard_storage(model, mesh, zero, expert_zero, narrow)
-    finally:
-        # Also of a model that is only half laid out: it must not be laid out again.
-        refuse_wrappers(model, "parallelize")
+    with replacing(model, "parallelize"):
+        if mesh.degree("tp") > 1:
+            shard_attention(model, mesh)
+        try:
+            place_experts(model, mesh, dispatch=dispatch)
+            _shard_storage(model, mesh, zero, expert_zero, narrow)
+        finally:
+            # Also of a model that is only half laid out: it must not be laid out again.
+            refuse_wrappers(model, "parallelize")
     return model
 
 
