@@ -68,6 +68,8 @@ class DecoderLM(nn.Module):
         # Which positions of the sequence this rank computes outside attention: (tensor, dim) to
         # its part. The parallel layer sets it.
         self.own_part: Callable[[Tensor, int], Tensor] = _whole
+        # Ranks of the pipeline that it was cut for; `keep_stages` says so.
+        self.pipeline_ranks = 1
         warn_of_leaks(moe.router for moe in moe_layers(self).values())
         if device.type != "meta":
             self.to_empty(device=device)

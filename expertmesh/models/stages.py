@@ -113,6 +113,7 @@ def keep_stages(model: DecoderLM, stages: Stages, rank: int) -> DecoderLM:
     if stages.num_stages - 1 not in own:
         del model.norm
         model.head = None
+    model.pipeline_ranks = stages.ranks
     return model
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from expertmesh.errors import UserError
 from expertmesh.experts import Experts
 from expertmesh.experts.stacked import StackedMLPExperts
+from expertmesh.models.decoder import DecoderLM
 from expertmesh.parallel.experts import check_experts, distinct_moe_layers, place_experts
 from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
@@ -71,7 +72,8 @@ def parallelize(
     ``gradient_sync`` before each micro-batch.
 
     Args:
-        model: A model with MoE layers. Tensor parallelism needs one of ``expertmesh.models``.
+        model: A model with MoE layers. Tensor parallelism needs one of ``expertmesh.models``, and
+            a pipeline one that ``keep_stages`` has cut.
         mesh: Every rank's place; this rank must be in it.
         zero: Stage of all parameters but the experts'.
         expert_zero: Stage of the experts; None is ``zero``.
@@ -101,6 +103,7 @@ def parallelize(
         place_experts(model, mesh, dispatch=dispatch)
         return model
     check_free(model, "parallelize")
+    _check_stages(model, mesh.degree("pp"))
     check_experts(model, mesh, dispatch)
     copy_values_of_first_rank(model, mesh)
     with replacing(model, "parallelize"):
@@ -113,6 +116,24 @@ def parallelize(
             # Also of a model that is only half laid out: it must not be laid out again.
             refuse_wrappers(model, "parallelize")
     return model
+
+
+def _check_stages(model: nn.Module, pp: int) -> None:
+    """Ranks of a pipeline do not sum gradients of each other, so each must hold its own stages."""
+    if pp == 1:
+        return
+    cut_for = [module.pipeline_ranks for module in model.modules() if isinstance(module, DecoderLM)]
+    if not cut_for:
+        raise UserError(
+            f"pp must be 1 for models other than expertmesh.models.DecoderLM, got pp={pp} and a "
+            f"{type(model).__name__}; set pp=1, and dp or ep instead"
+        )
+    if cut_for != [pp]:
+        raise UserError(
+            f"pp={pp} needs a model of which each rank holds its stages, got one that was cut for "
+            f"{cut_for[0]}; call expertmesh.models.stages.keep_stages(model, Stages.of(model."
+            f'config, {pp}), mesh.coordinates["pp"]) first, or set pp=1'
+        )
 
 
 def gradient_sync(model: nn.Module, *, last: bool) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from expertmesh.errors import UserError
 from expertmesh.layer import MoE
 from expertmesh.models import DecoderConfig, DecoderLM
+from expertmesh.models.stages import Stages, keep_stages
 from expertmesh.parallel import fsdp
 from expertmesh.parallel.fsdp import gradient_sync, parallelize
 from expertmesh.parallel.mesh import Mesh
@@ -291,6 +292,26 @@ DECODER: dict[str, Any] = {
     "experts_per_token": 2,
     "expert_hidden": 3,
 }
+
+
+def not_cut() -> list[str]:
+    """What is said of models of which every rank of a pipeline has the whole, or another cut."""
+    mesh, config = Mesh(pp=2), DecoderConfig(**{**DECODER, "num_layers": 3})
+    thirds = keep_stages(DecoderLM(config), Stages.of(config, 3), mesh.coordinates["pp"])
+    messages = []
+    for model in (UserModel(), DecoderLM(config), thirds):
+        with pytest.raises(UserError) as caught:
+            parallelize(model, mesh)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_pipeline_needs_a_model_that_was_cut_for_it() -> None:
+    for of_user, whole, thirds in run_on_ranks(2, not_cut, timeout=30):
+        assert "pp must be 1 for models other than" in of_user
+        assert "got pp=2 and a UserModel" in of_user
+        assert "got one that was cut for 1; call expertmesh.models.stages.keep_stages" in whole
+        assert "got one that was cut for 3" in thirds
 
 
 def left_by_refusals() -> list[str]:
