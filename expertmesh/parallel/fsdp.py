@@ -93,7 +93,7 @@ def parallelize(
     """
     expert_zero = zero if expert_zero is None else expert_zero
     for name, stage in (("zero", zero), ("expert_zero", expert_zero)):
-        if stage not in ZERO_STAGES:
+        if stage not in ZERO_STAGES or isinstance(stage, bool):
             raise UserError(f"{name} must be one of 0, 1, 2, 3, got {stage!r}; set {name} = 2")
     if not mesh.member:
         raise UserError(

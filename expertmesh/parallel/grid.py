@@ -7,6 +7,7 @@ same ranks as ``(edp, ep, etp)``, so ``dp * cp * tp == edp * ep * etp``.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -69,7 +70,8 @@ class Grid:
             ranks: Their numbers; None counts from 0.
 
         Raises:
-            UserError: If the degrees do not multiply to the world, naming what would.
+            UserError: If the degrees are no whole numbers, or do not multiply to the world; naming
+                what would.
         """
         given = {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "edp": edp, "ep": ep, "etp": etp}
         _check_degrees(given, placement)
@@ -167,12 +169,21 @@ class Grid:
 
 def _check_degrees(given: dict[str, int], placement: str) -> None:
     for axis, degree in given.items():
+        if not _is_whole_number(degree):
+            raise UserError(
+                f"{axis} must be a whole number, got {degree!r} of type {type(degree).__name__}; "
+                f"set {axis} = 1 or the like"
+            )
         inferable = axis in ("dp", "edp")
         if degree < 1 and not (inferable and degree == -1):
             either = ", or -1 for what is left" if inferable else ""
             raise UserError(f"{axis} must be at least 1{either}, got {degree}; set {axis} = 1")
     if placement not in ("inside", "outside"):
         raise UserError(f"placement must be 'inside' or 'outside', got {placement!r}")
+
+
+def _is_whole_number(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _product(degrees: dict[str, int]) -> str:

@@ -252,6 +252,7 @@ def refusal(degrees: dict[str, Any], options: dict[str, Any]) -> str:
     ("options", "message"),
     [
         ({"zero": 4}, "zero must be one of 0, 1, 2, 3, got 4; set zero = 2"),
+        ({"zero": True}, "zero must be one of 0, 1, 2, 3, got True; set zero = 2"),
         ({"expert_zero": -1}, "expert_zero must be one of 0, 1, 2, 3, got -1"),
         ({"dispatch": "smoke"}, "dispatch must be one of all_to_all, static, got 'smoke'"),
     ],
