@@ -48,6 +48,11 @@ class Agreement:
         return self._group.index
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """Their numbers in the world."""
+        return self._group.ranks
+
+    @property
     def size(self) -> int:
         """Number of ranks."""
         return self._group.size

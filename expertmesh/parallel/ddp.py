@@ -9,6 +9,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from expertmesh.errors import UserError
+from expertmesh.parallel.alike import same_placement
 from expertmesh.parallel.experts import distinct_moe_layers, place_experts
 from expertmesh.parallel.fsdp import copy_values_of_first_rank
 from expertmesh.parallel.guard import check_free, refuse_wrappers
@@ -45,7 +46,7 @@ def ddp(
 
     Raises:
         UserError: If the mesh cuts more than experts, or the model does not fit it or lies on one
-            already.
+            already; on every rank, if ranks give different models or arguments.
     """
     cut = [axis for axis in ("pp", "cp", "tp") if mesh.degree(axis) > 1]
     if cut:
@@ -60,6 +61,8 @@ def ddp(
         )
     if mesh.world == 1:
         raise UserError("DDP needs several processes, got a mesh of one; start with torchrun")
+    switches = {name: value for name, value in options.items() if isinstance(value, bool)}
+    same_placement(model, mesh, "ddp", dispatch=dispatch, **switches)
     check_free(model, "ddp")
     copy_values_of_first_rank(model, mesh)
     with replacing(model, "ddp"):

@@ -23,6 +23,7 @@ from expertmesh.errors import UserError
 from expertmesh.experts import Experts
 from expertmesh.experts.stacked import StackedMLPExperts
 from expertmesh.models.decoder import DecoderLM
+from expertmesh.parallel.alike import same_placement
 from expertmesh.parallel.experts import check_experts, distinct_moe_layers, place_experts
 from expertmesh.parallel.guard import check_free, refuse_wrappers
 from expertmesh.parallel.mesh import Mesh
@@ -89,9 +90,13 @@ def parallelize(
         ``UserError`` from then on.
 
     Raises:
-        UserError: If the model does not fit the mesh, or lies on one already.
+        UserError: If the model does not fit the mesh, or lies on one already; on every rank, if
+            ranks give different models or arguments.
     """
     expert_zero = zero if expert_zero is None else expert_zero
+    if mesh.member and mesh.world > 1:
+        options = {"zero": zero, "expert_zero": expert_zero, "dispatch": dispatch, "narrow": narrow}
+        same_placement(model, mesh, "parallelize", **options)
     for name, stage in (("zero", zero), ("expert_zero", expert_zero)):
         if stage not in ZERO_STAGES or isinstance(stage, bool):
             raise UserError(f"{name} must be one of 0, 1, 2, 3, got {stage!r}; set {name} = 2")

@@ -1,5 +1,6 @@
 """The mesh: both grids with their process groups, as one object that is passed around."""
 
+import itertools
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -11,9 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from expertmesh.dispatch.collectives import Group
 from expertmesh.errors import UserError
+from expertmesh.parallel.board import Board
 from expertmesh.parallel.grid import DENSE_AXES, Grid, Placement, Ranks
+from expertmesh.parallel.handshake import same_on_all_ranks
 from expertmesh.parallel.processes import limit_waiting
 
+# Numbers the meshes of this process; as all processes make all meshes, theirs have these numbers.
+_MADE = itertools.count()
 _JOINED_AXES = (("dp", "cp"), ("cp", "tp"), ("dp", "cp", "tp"), ("ep", "etp"), DENSE_AXES)
 
 
@@ -41,7 +46,8 @@ class Mesh:
             torch's default.
 
     Raises:
-        UserError: If the degrees do not multiply to the number of ranks.
+        UserError: If the degrees do not multiply to the number of ranks; on every process, if they
+            ask for different meshes.
 
     Example:
         >>> mesh = Mesh(ep=2)  # under torchrun with 4 processes: edp=2, dp=4
@@ -72,26 +78,52 @@ class Mesh:
         started = dist.is_initialized()
         world = dist.get_world_size() if started else 1
         numbers = list(range(world)) if ranks is None else list(ranks)
-        self.grid = Grid.infer(
-            len(numbers),
-            pp=pp,
-            dp=dp,
-            cp=cp,
-            tp=tp,
-            edp=edp,
-            ep=ep,
-            etp=etp,
-            placement=placement,
-            ranks=numbers,
-        )
         self.rank = dist.get_rank() if started else 0
         self.device_type = _device_type(device)
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
+        grid: Grid | UserError
+        try:
+            if started:
+                _check_order(numbers)
+            grid = Grid.infer(
+                len(numbers),
+                pp=pp,
+                dp=dp,
+                cp=cp,
+                tp=tp,
+                edp=edp,
+                ep=ep,
+                etp=etp,
+                placement=placement,
+                ranks=numbers,
+            )
+        except UserError as error:
+            grid = error
+        if started:
+            self._same_everywhere(grid)
+        if isinstance(grid, UserError):
+            raise grid
+        self.grid = grid
         self._groups: dict[tuple[str, ...], Group] = {}
         self._process_groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
         if started:
-            _check_order(numbers)
             self._make_groups()
+
+    def _same_everywhere(self, grid: Grid | UserError) -> None:
+        """Every process of the world makes the mesh, and must mean the same one."""
+        if isinstance(grid, Grid):
+            degrees = ", ".join(f"{axis}={degree}" for axis, degree in grid.degrees.items())
+            ranks = grid.dense.flatten().tolist()
+            told = f"{degrees}, placement={grid.placement}, ranks={ranks}"
+        else:
+            told = str(grid)
+        world = range(dist.get_world_size())
+        same_on_all_ranks(
+            {"mesh": told},
+            Board(f"mesh/{next(_MADE)}", world, self._timeout),
+            mistake="the ranks made different meshes",
+            remedy="give expertmesh.Mesh the same arguments on every rank",
+        )
 
     def _make_groups(self) -> None:
         """Make every group that a model over this mesh may need.
