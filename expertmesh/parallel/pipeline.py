@@ -5,8 +5,8 @@ balance losses, and the gradients of all of them add up as those of one large ba
 is scaled by the number of micro-batches: each brings its part of the step's one loss.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -100,6 +100,7 @@ class Pipeline:
         Raises:
             UserError: If shapes differ, or interleaved stages cannot share the number evenly.
                 Each rank compares its own shapes; ``ThroughPipeline`` looks at those of all ranks.
+            ValueError: That a stage of this rank raised.
         """
         return self._run(pieces, scale, train=True)
 
@@ -179,9 +180,10 @@ class _Plan:
         place_M = torch.arange(self.num_pieces, device="cpu")
         first = [place_M] if self._runners[0].stage == 0 else []
         last = self._runners[-1].is_last
-        self._schedule.step(
-            *first, target=place_M if last else None, return_outputs=False, place=place_M
-        )
+        with _mistakes_as_they_were_said():
+            self._schedule.step(
+                *first, target=place_M if last else None, return_outputs=False, place=place_M
+            )
         return self._runners[-1].end()
 
 
@@ -260,6 +262,21 @@ class _StageRunner(nn.Module):
             traffic.add("p2p", y.numel() * y.element_size())
         if self.stage > 0 and x.requires_grad:
             traffic.add("p2p backward", x.numel() * x.element_size())
+
+
+@contextmanager
+def _mistakes_as_they_were_said() -> Iterator[None]:
+    """torch makes a ``RuntimeError`` of whatever a stage raises; a mistake is raised as it was."""
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ValueError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+    raise cause
 
 
 def _schedule(torch_stages: list[Any], num_pieces: int, *, train: bool) -> _PipelineSchedule:

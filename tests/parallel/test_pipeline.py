@@ -312,8 +312,11 @@ def other_dtype() -> None:
 
 
 def test_activations_of_another_dtype_are_refused() -> None:
-    with pytest.raises(RankError, match=r"set Pipeline's dtype = torch\.float64"):
+    with pytest.raises(RankError) as caught:
         run_on_ranks(2, other_dtype, timeout=30)
+    last_line = caught.value.tracebacks[0].rstrip().splitlines()[-1]
+    assert last_line.startswith("expertmesh.errors.UserError: stage 0 gives activations")
+    assert last_line.endswith("set Pipeline's dtype = torch.float64")
 
 
 def test_micro_batches_that_cannot_flow_are_refused() -> None:
