@@ -74,6 +74,10 @@ class Group:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.device_type)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        """Itself: copies of a layer (a running average of a model) talk over the same group."""
+        return self
+
     @staticmethod
     def alone(rank: int = 0) -> "Group":
         """The group of one rank."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from expertmesh.dispatch.collectives import all_gather
 from expertmesh.errors import UserError
@@ -135,6 +136,32 @@ def test_training_is_that_of_one_process_and_copies_stay_equal(degrees: dict[str
     got = assemble([view["parameters"] for view in views])
     for name, shard in expected["parameters"].items():
         assert_close(name, got[name], shard.local, 1e-10)
+
+
+def averaged() -> tuple[list[Tensor], list[Tensor], bool]:
+    """A running average after two updates, the weights' means, and whether it runs by itself."""
+    mesh = Mesh(ep=2)
+    model = ddp(net({}), mesh)
+    backward(model, mesh, 0)
+    average = AveragedModel(model.module, avg_fn=get_ema_avg_fn(0.25))
+    average.update_parameters(model)
+    starts = [local(param).detach().clone() for param in model.parameters()]
+    with torch.no_grad():
+        for param in model.parameters():
+            local(param).add_(1)
+    average.update_parameters(model)
+    expected = [start + 0.75 for start in starts]
+    got = [local(param).detach() for param in average.module.parameters()]
+    key = RandomKey.of(0, 1, torch.arange(3))
+    x_TD = tokens(3, 0)
+    return got, expected, not torch.equal(average(x_TD, key), model(x_TD, key))
+
+
+def test_a_running_average_is_a_copy_that_runs_over_the_same_ranks() -> None:
+    for got, expected, runs in run_on_ranks(2, averaged, timeout=30):
+        assert runs
+        for place, (mean, wanted) in enumerate(zip(got, expected, strict=True)):
+            assert_close(f"parameter {place}", mean, wanted)
 
 
 def own_counts() -> tuple[list[int], Tensor]:
