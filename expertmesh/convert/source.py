@@ -100,6 +100,8 @@ def _place_of(path: Path) -> dict[str, str]:
             return dict(json.loads((path / INDEX).read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / INDEX} is no index of tensors: {error!r}") from error
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the folder that it is in, {path.parent}")
     if not (path / SINGLE).is_file():
         raise UserError(f"{path} has neither {SINGLE} nor {INDEX}")
     return dict.fromkeys(_stored(path / SINGLE), SINGLE)

@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"--verify writes nothing, got --to, --dtype, --shard-gb beside it; leave that out",
         ),
         (["nowhere", "DST"], r"nowhere has neither model.safetensors nor"),
+        (["SRC/model.safetensors", "DST"], r"is a file; give the folder that it is in, SRC"),
         (["SRC", "DST", "--config", "nowhere.json"], r"nowhere.json is missing"),
         (["SRC", "DST", "--config", "openmoe-8b"], r"SRC does not fit the model; missing: "),
         (["SRC", "DST", "--tokenizer", "nowhere"], r"nowhere has no tokenizer"),

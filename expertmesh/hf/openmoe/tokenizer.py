@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import AddedToken, SentencePieceBackend
 
-from expertmesh.data.tokenizer import without_surrogates
 from expertmesh.errors import UserError, require
 
 DEFAULT_SYSTEM = "You are a helpful, respectful and honest assistant."
@@ -98,7 +97,7 @@ class OpenMoeTokenizer(SentencePieceBackend):
             text: "?" takes the place of a lone surrogate, as in the text that models train on.
             kwargs: transformers' own.
         """
-        text = without_surrogates(text)
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
         parts = self.tokens_trie.split(text)
         # transformers looks at all parts for special tokens again, not at those it split at alone.
         if _END not in parts:
