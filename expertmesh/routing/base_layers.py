@@ -9,7 +9,7 @@ from expertmesh import random
 from expertmesh.errors import UserError
 from expertmesh.random import RandomKey
 from expertmesh.routing.auction import balanced_assignment
-from expertmesh.routing.checks import check_sizes
+from expertmesh.routing.checks import check_deviation, check_sizes
 from expertmesh.routing.decision import decision
 from expertmesh.routing.logits import coarse, wide_logits, without_padding
 from expertmesh.routing.replay import recorded
@@ -47,7 +47,7 @@ class BaseRouter(Router):
         layer: Not looked at; every router has one.
 
     Raises:
-        ValueError: For sizes below 1, or a tolerance outside (0, 1].
+        ValueError: For sizes below 1, a tolerance outside (0, 1], or a gain below 0.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class BaseRouter(Router):
         check_sizes(dim, num_experts)
         if not 0 < tolerance <= 1:
             raise UserError(f"tolerance must be in (0, 1], got {tolerance}; 1e-3 is the default")
+        check_deviation("gain", gain)
         self.dim, self.num_experts, self.k, self.layer = dim, num_experts, 1, layer
         self.tolerance, self.gain = tolerance, gain
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))

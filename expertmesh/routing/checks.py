@@ -63,8 +63,8 @@ def check_deviation(field: str, value: float) -> None:
     Raises:
         ValueError: Naming the field.
     """
-    if not 0 <= value < math.inf:
-        raise UserError(f"{field} must be a finite number of at least 0, got {value}")
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"{field} must be a finite number of at least 0, got {value!r}")
 
 
 def check_kind(field: str, value: object, kind: type, example: str) -> None:

@@ -19,6 +19,7 @@ from expertmesh.routing.losses import (
     LoadBalancingLoss,
     LoadLoss,
     ZLoss,
+    check_losses,
 )
 from expertmesh.routing.noise import InputJitter, NormalNoise
 from expertmesh.routing.second_choice import RandomSecond, ThresholdSecond
@@ -406,6 +407,7 @@ def router_preset(
     if bias_rate is not None:
         options["bias"] = SelectionBias(num_experts, bias_rate, device=device)
     losses = options.get("losses", ())
+    check_losses(losses, TopKRouter.__name__)
     losses = _with_coef(losses, _BALANCE, balance_coef)
     options["losses"] = _with_coef(losses, (ZLoss,), z_coef)
     return TopKRouter(dim, num_experts, device=device, **options)

@@ -101,8 +101,8 @@ class TokenChoice(Router):
             bias.check(num_experts)
         if group_limit is not None:
             group_limit.check(num_experts, k)
-        if not 0 < scale < math.inf:
-            raise UserError(f"scale must be a finite number above 0, got {scale}; 1 is none")
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise UserError(f"scale must be a finite number above 0, got {scale!r}; 1 is none")
         self.dim, self.num_experts, self.k, self.layer = dim, num_experts, k, layer
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.skip, self.capacity, self.group_limit = skip, capacity, group_limit

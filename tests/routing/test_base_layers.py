@@ -83,5 +83,7 @@ def test_a_token_that_is_not_finite_neither_hangs_nor_spreads(bad):
 def test_bad_input():
     with pytest.raises(ValueError, match="tolerance must be in"):
         BaseRouter(4, 4, tolerance=0)
+    with pytest.raises(ValueError, match="gain must be a finite number of at least 0, got nan"):
+        BaseRouter(4, 4, gain=torch.nan)
     with pytest.raises(ValueError, match="num_experts must be at least 1"):
         BaseRouter(4, 0)

@@ -226,6 +226,7 @@ def test_the_device_is_that_of_buffers_too(options):
     ("options", "message"),
     [
         ({"capacity": {"fctor": 1}}, r"capacity\.fctor is unknown; did you mean 'factor'"),
+        ({"losses": ZLoss(coef=1.0), "balance_coef": 0.1}, "losses must be a sequence of balance"),
         ({"capacity": 1.25}, r"capacity must be a Capacity.*got 1.25; set capacity=Capacity\(fac"),
         ({"capacity": {"eval_factor": 1}}, "capacity has no factor, which has no default"),
         ({"capacity": {"factor": "1"}}, "capacity factor must be a finite number above 0"),

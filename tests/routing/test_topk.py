@@ -260,6 +260,8 @@ def test_initial_values_follow_the_seed():
         ({"k": 1, "renormalize": "kept"}, "set renormalize='no' or k >= 2"),
         ({"k": 2.0}, "k must be a whole number, got 2.0"),
         ({"k": 2, "scale": -1.0}, "scale must be a finite number above 0, got -1.0"),
+        ({"k": 2, "scale": None}, "scale must be a finite number above 0, got None"),
+        ({"k": 2, "init_std": "0.1"}, "init_std must be a finite number of at least 0, got '0.1'"),
         ({"k": 2, "scale": math.nan}, "scale must be a finite number above 0, got nan"),
         ({"k": 2, "init_std": -0.1}, "init_std must be a finite number of at least 0, got -0.1"),
         ({"k": 2, "init_std": math.nan}, "init_std must be a finite number of at least 0, got nan"),
