@@ -245,6 +245,24 @@ def test_a_router_is_the_same_by_kernels(
         assert_close("gradient", got, want, tol)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_priority_is_the_same_by_kernels(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacity = {"order": "priority", "factor": 0.5, "eval_factor": 0.5}
+    router = router_preset("tutel", dim=8, num_experts=6, seed=0, capacity=capacity)
+    x = normal(64, 8, seed=11).bfloat16()
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(training):
+            return router.train(training)(x).expert_TK
+
+    expected = run()
+    assert (expected == 6).any()
+    monkeypatch.setattr(topk, "serves", lambda x_TD, weight_ED: True)
+    assert torch.equal(run(), expected)
+
+
 @pytest.mark.parametrize("capacity", [Capacity(factor=1.0), None])
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "k", "length"),
