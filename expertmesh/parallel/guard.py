@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from expertmesh.errors import UserError
+from expertmesh.shards import is_sharded
 
 _WALK = "named_modules"
 
 
 def check_free(model: nn.Module, call: str) -> None:
-    """Refuse a model of which some part has been laid out before.
+    """Refuse a model of which some part has been laid out before, by this package or by torch.
 
     Args:
         model: Any module.
@@ -32,12 +33,31 @@ def check_free(model: nn.Module, call: str) -> None:
         UserError: Naming the part.
     """
     for name, module in model.named_modules():
+        part = f"its {name}" if name else "it"
         if _WALK in vars(module):
-            part = f"its {name}" if name else "it"
             raise UserError(
                 f"expertmesh.{call} was given a model, and {part} has been laid out over ranks "
                 "before; build the model anew, or leave the second call out"
             )
+        wrapper = _wrapper_of(module)
+        if wrapper is not None:
+            raise UserError(
+                f"expertmesh.{call} was given a model, and {part} is within torch's {wrapper}, "
+                f"which brings gradients together too; leave {wrapper} out and give the plain "
+                f"model to expertmesh.{call}"
+            )
+    for name, param in model.named_parameters():
+        if is_sharded(param):
+            raise UserError(
+                f"expertmesh.{call} was given a model whose {name} is a DTensor already; give it "
+                "the model as it was built, of plain tensors"
+            )
+
+
+def _wrapper_of(module: nn.Module) -> str | None:
+    if isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
+        return type(module).__name__
+    return "fully_shard" if isinstance(module, FSDPModule) else None
 
 
 def refuse_wrappers(model: nn.Module, placed_by: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from expertmesh.errors import UserError
@@ -112,6 +113,45 @@ def test_a_model_is_laid_out_once() -> None:
         assert len(messages) == 8
         assert "parallelize was given a model, and it has been laid out" in messages[2]
         assert "ddp was given a model, and its 0 has been laid out" in messages[1]
+
+
+def by_ddp(model: DecoderLM) -> nn.Module:
+    return nn.Sequential(DistributedDataParallel(model))
+
+
+def by_fully_shard(model: DecoderLM) -> nn.Module:
+    fully_shard(model.blocks[0], mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
+def by_dtensor(model: DecoderLM) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    model.norm.weight = nn.Parameter(distribute_tensor(model.norm.weight.detach(), mesh))
+    return model
+
+
+def laid_out_by_torch() -> list[str]:
+    """What is said of models of which torch has laid out a part."""
+    messages = []
+    for wrap in (by_ddp, by_fully_shard, by_dtensor):
+        for place in (ddp, parallelize):
+            with pytest.raises(UserError) as caught:
+                place(wrap(build()), Mesh(ep=2))
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_what_torch_has_laid_out_is_not_laid_out_again() -> None:
+    expected = [
+        "its 0 is within torch's DistributedDataParallel",
+        "its blocks.0 is within torch's fully_shard",
+        "whose norm.weight is a DTensor already",
+    ]
+    for messages in run_on_ranks(2, laid_out_by_torch, timeout=30):
+        assert len(messages) == 2 * len(expected)
+        for place, message in enumerate(messages):
+            assert expected[place // 2] in message
+            assert f"expertmesh.{('ddp', 'parallelize')[place % 2]} was given a model" in message
 
 
 def what_still_works() -> tuple[list[bool], int]:
