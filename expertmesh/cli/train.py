@@ -75,6 +75,7 @@ def train(trainer: "Trainer") -> int:
         The exit status.
     """
     from expertmesh.train.display import NoDisplay, make_display
+    from expertmesh.train.expert_tokens import EXPERT_TOKENS
     from expertmesh.train.published import PUBLISHED
 
     run = trainer.run
@@ -98,9 +99,6 @@ def train(trainer: "Trainer") -> int:
             f"continue with: expertmesh train {run.folder / 'config.toml'}"
         )
     return 0
-
-
-EXPERT_TOKENS = "expert_tokens.json"
 
 
 def _describe(run: "RunFile", trainer: "Trainer") -> None:
@@ -128,7 +126,7 @@ def _describe(run: "RunFile", trainer: "Trainer") -> None:
 
 def _finish(run: "RunFile", trainer: "Trainer", outcome: "Outcome") -> None:
     """The last evaluation, with the tokens that each expert takes."""
-    from expertmesh.train.expert_tokens import ExpertTokens
+    from expertmesh.train.expert_tokens import EXPERT_TOKENS, ExpertTokens
     from expertmesh.train.files import write_whole
     from expertmesh.train.published import PUBLISHED
 

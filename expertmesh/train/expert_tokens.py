@@ -10,6 +10,7 @@ from expertmesh.parallel.agreement import Agreement
 from expertmesh.routing import Router, Routing
 from expertmesh.train.routings import EveryRouting
 
+EXPERT_TOKENS = "expert_tokens.json"
 _TOKENS_PER_EXPERT = 12
 
 

@@ -15,6 +15,7 @@ from expertmesh.parallel.processes import joined_world, local_device
 from expertmesh.parallel.reports import anyone, largest
 from expertmesh.train.build import build_passes
 from expertmesh.train.checkpoint import Checkpoint, CheckpointFolder
+from expertmesh.train.claim import claim_folder
 from expertmesh.train.config import CONFIG, RunFile, differences
 from expertmesh.train.display import Display
 from expertmesh.train.evaluate import Evaluation, Evaluator
@@ -81,6 +82,9 @@ class Trainer:
         self.checkpoints = CheckpointFolder(
             run.folder / CHECKPOINTS, keep=run.train.keep, group=self._everyone
         )
+        with self.ranks.together():
+            if self.ranks.first:
+                self._lock = claim_folder(run, begun=bool(self.checkpoints.complete()))
         resume_from, self.notes = self._find_checkpoint()
         self.data = self._read_data() if data is None else data
         same_on_all_ranks({"data": _identity(self.data)}, self.ranks)
