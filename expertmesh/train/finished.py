@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from expertmesh.data.fetch import Say, say_to_stderr
 from expertmesh.errors import UserError
 from expertmesh.models.decoder import DecoderLM
 from expertmesh.train.build import build_model
@@ -33,12 +34,15 @@ class TrainedRun:
     device: torch.device
 
 
-def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
+def load_run(
+    folder: str | Path, overrides: Sequence[str] = (), *, say: Say = say_to_stderr
+) -> TrainedRun:
     """Read a run's folder.
 
     Args:
         folder: What ``run.dir`` was.
         overrides: ``--section.key=value``, as for training.
+        say: Told of each newer checkpoint that is damaged and was passed over.
 
     Raises:
         UserError: If it is no run's folder, has no usable checkpoint, or its weights do not fit.
@@ -50,11 +54,13 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             "`expertmesh train` printed"
         )
     run = load_run_file(folder / CONFIG, overrides)
-    checkpoint, _ = CheckpointFolder(folder / CHECKPOINTS).newest_valid()
+    checkpoint, passed_over = CheckpointFolder(folder / CHECKPOINTS).newest_valid()
     if checkpoint is None:
         raise UserError(
             f"{folder} has no checkpoint yet; continue it with: expertmesh train {folder / CONFIG}"
         )
+    for note in passed_over:
+        say(f"warning: {note}")
     device = pick_device(run.run.device)
     model = build_model(run, device)
     checkpoint.load_model(model)
