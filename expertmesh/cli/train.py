@@ -76,12 +76,14 @@ def train(trainer: "Trainer") -> int:
     """
     from expertmesh.train.display import NoDisplay, make_display
     from expertmesh.train.expert_tokens import EXPERT_TOKENS
-    from expertmesh.train.published import PUBLISHED
+    from expertmesh.train.published import is_published
 
     run = trainer.run
     speaks = trainer.ranks.first
-    last = [EXPERT_TOKENS, *([PUBLISHED] if run.train.save_published else [])]
-    if trainer.done and all((run.folder / name).exists() for name in last):
+    all_told = (run.folder / EXPERT_TOKENS).exists() and (
+        not run.train.save_published or is_published(run, trainer.step)
+    )
+    if trainer.done and all_told:
         if speaks:
             print(f"{run.folder} is done: all {trainer.step} steps are trained")
             more = 2 * trainer.step

@@ -19,6 +19,7 @@ from expertmesh.train.claim import claim_folder
 from expertmesh.train.config import CONFIG, RunFile, differences
 from expertmesh.train.display import Display
 from expertmesh.train.evaluate import Evaluation, Evaluator
+from expertmesh.train.expert_tokens import EXPERT_TOKENS
 from expertmesh.train.first_choices import FirstChoices
 from expertmesh.train.logger import RunLogger
 from expertmesh.train.optimizer import build_optimizer, set_lr
@@ -150,7 +151,7 @@ class Trainer:
                 self.save()
             self.checkpoints.wait()
             if self.done and self.run.train.save_published:
-                publish(self.passes.model, self.run, self.mesh)
+                publish(self.passes.model, self.run, self.mesh, self.step)
         stopped_by = None if self.done else stop.name or "a signal to another rank"
         return Outcome(self.step, stopped_by, evaluation)
 
@@ -207,6 +208,9 @@ class Trainer:
                 return None
             self.run.save()
             save_provenance(self.run.folder, self.data.provenance)
+            if not self.done:
+                # It is of an earlier end, and would be taken for this one's.
+                (self.run.folder / EXPERT_TOKENS).unlink(missing_ok=True)
             tensorboard = self.run.run.tensorboard
             return RunLogger(self.run.folder, after=self.step, tensorboard=tensorboard)
 

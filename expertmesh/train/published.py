@@ -1,5 +1,6 @@
 """Weights as a model's authors publish them: where a run begins, and what it leaves."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ from expertmesh.errors import UserError, require
 from expertmesh.models.decoder import DecoderLM
 from expertmesh.parallel.agreement import Agreement
 from expertmesh.train.config import RunFile
+from expertmesh.train.files import write_whole
 
 if TYPE_CHECKING:
     from expertmesh.parallel.mesh import Mesh
 
 PUBLISHED = "published"
+_RECORD = "published.json"
 
 
 def check_publishable(run: RunFile) -> None:
@@ -50,8 +53,8 @@ def load_initial(model: nn.Module, source: str, mesh: "Mesh | None") -> None:
     load_published(model, folder, everyone)
 
 
-def publish(model: nn.Module, run: RunFile, mesh: "Mesh | None") -> Path:
-    """Write ``RUN/published``; all ranks together.
+def publish(model: nn.Module, run: RunFile, mesh: "Mesh | None", step: int) -> Path:
+    """Write ``RUN/published`` and, beside it, of which step it is; all ranks together.
 
     Raises:
         UserError: On every rank, if it cannot be written.
@@ -64,7 +67,22 @@ def publish(model: nn.Module, run: RunFile, mesh: "Mesh | None") -> Path:
         None if mesh is None else mesh.everyone,
         tokenizer=tokenizer_path(run.data.tokenizer, cache=run.data.cache),
     )
+    ranks = Agreement(None if mesh is None else mesh.everyone)
+    with ranks.together():
+        if ranks.first:
+            write_whole(run.folder / _RECORD, json.dumps({"step": step}) + "\n")
     return folder
+
+
+def is_published(run: RunFile, step: int) -> bool:
+    """Whether ``RUN/published`` is there and of this step, not of an earlier one."""
+    record = run.folder / _RECORD
+    if not ((run.folder / PUBLISHED).is_dir() and record.is_file()):
+        return False
+    try:
+        return bool(json.loads(record.read_text(encoding="utf-8")) == {"step": step})
+    except ValueError:
+        return False
 
 
 def _folder(source: str) -> Path:

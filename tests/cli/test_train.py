@@ -59,6 +59,16 @@ def test_a_finished_run_can_be_published_later(
     assert main([*command, "--train.save_published=true"]) == 0
     assert "is done" in capsys.readouterr().out
 
+    # More steps without it: what is there is of the first.
+    assert main([*command, "--train.steps=2"]) == 0
+    before = (folder / "model.safetensors").read_bytes()
+    again = [*command, "--train.steps=2", "--train.save_published=true"]
+    assert main(again) == 0
+    assert (folder / "model.safetensors").read_bytes() != before
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "is done" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     ("override", "message"),

@@ -331,6 +331,17 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
     assert longer.fit(Silent()).step == 8
 
 
+def test_the_end_of_earlier_steps_is_not_left_as_this_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--train.steps=2")
+    Trainer(run).fit(Silent())
+    table = run.folder / "expert_tokens.json"
+    table.write_text('{"layers": {}}')
+    Trainer(run).fit(Silent())
+    assert table.exists()
+    Trainer(make_run(tmp_path, "--train.steps=3")).fit(Silent())
+    assert not table.exists()
+
+
 def test_the_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     fit(make_run(tmp_path))
     with pytest.raises(UserError, match=r"saved from another model; .*misshapen: .*up|gate"):
