@@ -240,8 +240,12 @@ class RunFile:
         )
 
     def save(self) -> Path:
-        """Write ``config.toml`` into the run's folder, whole or not at all."""
-        return write_whole(self.folder / CONFIG, self.to_toml())
+        """Write ``config.toml`` into the run's folder, whole or not at all.
+
+        Beside the run that it is of, ``run.resume = "none"`` would refuse whoever starts it.
+        """
+        again = replace(self, run=replace(self.run, resume="auto"))
+        return write_whole(self.folder / CONFIG, again.to_toml())
 
 
 def differences(old: RunFile, new: RunFile) -> list[str]:

@@ -323,6 +323,17 @@ def test_resume_none_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
         Trainer(make_run(tmp_path, "--run.resume=none"))
 
 
+def test_the_folders_own_run_file_continues_where_another_may_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "--run.resume=none", "--train.steps=3")
+    Trainer(run).fit(Silent())
+    with pytest.raises(UserError, match="already holds a run"):
+        Trainer(run)
+    again = load_run_file(run.folder / "config.toml", ["--train.steps=4"])
+    trainer = Trainer(again)
+    assert trainer.step == 3
+    assert trainer.changes() == ["train.steps: 3 -> 4"]
+
+
 def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
     fit(make_run(tmp_path))
     longer = Trainer(make_run(tmp_path, "--train.steps=8"))
