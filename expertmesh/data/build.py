@@ -18,7 +18,7 @@ from expertmesh.data.packing import (
     PackedFromBosDataset,
 )
 from expertmesh.data.templates import find_template
-from expertmesh.data.text import read_corpus
+from expertmesh.data.text import check_fields, read_corpus
 from expertmesh.data.tokenizer import Tokenizer, load_tokenizer
 from expertmesh.data.tokens import TokenStream, tokenize
 from expertmesh.data.ul2 import DenoisingDataset
@@ -60,6 +60,8 @@ def build_data(config: DataConfig, *, say: Say = say_to_stderr) -> DataBundle:
         )
     tokenizer = load_tokenizer(config.tokenizer, cache=config.cache, say=say)
     weights = config.mix or {config.source: 1.0}
+    if config.kind == "text":
+        check_fields(list(weights), config.fields)
     parts = _text_parts if config.kind == "text" else _instruction_parts
     built = {source: parts(source, config, tokenizer, say) for source in weights}
     train = {source: found["train"] for source, (found, _) in built.items()}

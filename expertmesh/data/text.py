@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from expertmesh.data.catalog import CATALOG
 from expertmesh.data.fetch import Say, say_to_stderr
 from expertmesh.data.hub import PREFIX, HubSource
 from expertmesh.data.records import RECORD_READERS, ending, not_utf8, read_records
@@ -54,6 +55,30 @@ def read_corpus(
         return _hub(source, tuple(fields))
     files = find_files(source, (*_TEXT_ENDINGS, *RECORD_READERS), cache=cache, say=say)
     return _corpus(files, files.fields or tuple(fields))
+
+
+def check_fields(sources: Sequence[str], fields: Sequence[str]) -> None:
+    """Refuse fields by which no source is read; in a mixture they are of those that have records.
+
+    Raises:
+        UserError: Says what has them.
+    """
+    if fields and not any(map(_takes_fields, sources)):
+        raise UserError(
+            "data.fields is for files of records, folders of them and hf:NAME, got "
+            f"{list(fields)} for {', '.join(map(repr, sources))}; leave it out"
+        )
+
+
+def _takes_fields(source: str) -> bool:
+    """Whether a source is there and has records without fields of their own."""
+    if source.startswith(PREFIX):
+        return not HubSource.parse(source).field
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return any(ending(file) in RECORD_READERS for file in path.rglob("*"))
+    # What is nowhere to be found is told by who reads it.
+    return ending(path) in RECORD_READERS if path.exists() else source not in CATALOG
 
 
 def _corpus(files: SourceFiles, fields: tuple[str, ...]) -> Corpus:

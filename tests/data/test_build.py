@@ -193,3 +193,18 @@ def test_nothing_optional_is_imported_early():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("source", ["a.txt", "folder", "shakespeare", "hf:name:train:text"])
+def test_fields_that_nothing_is_read_by_are_refused(source, text, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one.md").write_text("text")
+    given = str(tmp_path / source) if (tmp_path / source).exists() else source
+    with pytest.raises(UserError, match=rf"data\.fields is for .*got \['body'\] for '.*{source}'"):
+        build_data(DataConfig(source=given, fields=("body",)))
+
+
+def test_fields_of_a_mixture_are_of_those_that_have_records(text, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"body": "some text"}\n' * 9)
+    mix = {text[0]: 1.0, str(tmp_path / "b.jsonl"): 1.0}
+    assert len(build_data(DataConfig(mix=mix, fields=("body",), seq_len=8, val_fraction=0)).train)
