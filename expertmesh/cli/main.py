@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output is gone (`expertmesh ... | head`); nobody is left to tell.
         _drop_output()
         return 0
-    except (ValueError, OSError) as error:
-        if os.environ.get(DEBUG) == "1":
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        is_ours = isinstance(error, RuntimeError) and not _is_about_memory(error)
+        if is_ours or os.environ.get(DEBUG) == "1":
             raise
         try:
             # What was said before the mistake stands before it, in a file or a pipe too.
@@ -118,8 +119,23 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def _sentence(error: ValueError | OSError) -> str:
+def _is_about_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch says it of a CPU with no kind of error of its own."""
+    text = str(error)
+    is_torchs = isinstance(error, RuntimeError) and (
+        "out of memory" in text or "DefaultCPUAllocator" in text
+    )
+    return is_torchs or isinstance(error, MemoryError)
+
+
+def _sentence(error: Exception) -> str:
     """What went wrong, on one line where the error itself is one line."""
+    if _is_about_memory(error):
+        first = (str(error) or "no more can be had").splitlines()[0]
+        return (
+            f"memory ran out: {first}; set a smaller model (model.dim, model.num_layers, "
+            "model.num_experts), train.micro_batch, train.batch or data.seq_len"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

@@ -1,6 +1,7 @@
 """Batches as a function of the step."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,9 @@ from expertmesh.data.dataset import IGNORE, Dataset, Sample
 from expertmesh.data.decimals import as_written
 from expertmesh.errors import UserError
 from expertmesh.random import fold
+
+# Of a sample's objects in Python, beside what is in its arrays.
+_SAMPLE_BYTES = 300
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Loader:
         dataset: Must have at least one sample.
         batch_size: Rows of the global batch.
         seed: Of the order of samples.
+
+    Raises:
+        UserError: For no sample, or a batch that is larger than this machine's memory.
     """
 
     def __init__(self, dataset: Dataset, *, batch_size: int, seed: int) -> None:
@@ -73,6 +80,7 @@ class Loader:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if len(dataset) == 0:
             raise UserError("the data set has no sample; give more text or set a lower seq_len")
+        _check_memory(batch_size, dataset.seq_len)
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -108,6 +116,21 @@ class Loader:
         while True:
             yield self.batch(step)
             step += 1
+
+
+def _check_memory(batch_size: int, seq_len: int) -> None:
+    """Refuse a batch that would fill the memory before it is complete: nothing else would stop it.
+
+    Tokens and targets are there twice for a moment, as samples and as a batch.
+    """
+    needed = batch_size * (4 * seq_len * np.dtype(np.int64).itemsize + _SAMPLE_BYTES)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"a batch of {batch_size:,} sequences of {seq_len:,} tokens needs "
+            f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}; set a lower "
+            "train.batch"
+        )
 
 
 def in_order(dataset: Dataset, batch_size: int) -> Iterator[Batch]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from expertmesh.parallel.mesh import Mesh
 
 _INFERRED = ("dp", "edp")
+# torch adds it to a clock that counts nanoseconds in 63 bits.
+_LONGEST_TIMEOUT = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,11 @@ class MeshConfig:
                     f"mesh.{name} must be 0, 1, 2 or 3, got {getattr(self, name)}; "
                     f"set mesh.{name} = 2"
                 )
-        if not self.timeout > 0:
-            raise UserError(f"mesh.timeout must be above 0 seconds, got {self.timeout}")
+        if not 0 < self.timeout <= _LONGEST_TIMEOUT:
+            raise UserError(
+                f"mesh.timeout must be above 0 and at most {_LONGEST_TIMEOUT:g} seconds, got "
+                f"{self.timeout}; set mesh.timeout = {MeshConfig.timeout:g}"
+            )
         if self.strategy is not None:
             self._check_free_of_degrees()
 

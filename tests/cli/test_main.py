@@ -76,6 +76,39 @@ def test_a_users_mistake_is_one_line_and_status_two(
         main(["train"])
 
 
+def too_much_for_torch() -> None:
+    import torch
+
+    torch.empty(1 << 55)
+
+
+def too_much_for_numpy() -> None:
+    import numpy as np
+
+    np.empty(1 << 55)
+
+
+def too_much_for_a_gpu() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+
+@pytest.mark.parametrize("allocate", [too_much_for_torch, too_much_for_numpy, too_much_for_a_gpu])
+def test_memory_that_runs_out_is_one_line(
+    allocate: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(argv: list[str]) -> int:
+        allocate()
+        return 0
+
+    command(monkeypatch, run)
+    assert main(["train"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory ran out: ")
+    assert "set a smaller model (model.dim" in line
+
+
 def test_other_errors_are_ours_and_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(argv: list[str]) -> int:
         raise RuntimeError("a defect")

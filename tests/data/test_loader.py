@@ -29,6 +29,14 @@ def test_the_order_does_not_depend_on_the_batch_size(numbers, batch_size):
     assert places == index(Loader(numbers(12), batch_size=60, seed=0), [0])
 
 
+def test_a_batch_that_no_machine_holds_is_refused_at_once(numbers):
+    Loader(numbers(12), batch_size=10**4, seed=0)
+    with pytest.raises(
+        UserError, match=r"100,000,000,000 sequences of .* set a lower train\.batch"
+    ):
+        Loader(numbers(12), batch_size=10**11, seed=0)
+
+
 def test_a_batch_is_a_pure_function_of_the_step(numbers):
     whole = list(islice(Loader(numbers(10), batch_size=3, seed=4).batches(), 20))
     resumed = list(islice(Loader(numbers(10), batch_size=3, seed=4).batches(13), 7))

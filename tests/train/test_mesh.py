@@ -51,3 +51,9 @@ def test_stages_without_a_pipeline_are_refused(strategy: Any) -> None:
 def test_a_strategy_beside_its_own_degrees_is_refused() -> None:
     with pytest.raises(UserError, match=r"mesh.strategy='ep' sets mesh.ep, mesh.zero itself"):
         MeshConfig(strategy="ep", ep=2, zero=3)
+
+
+@pytest.mark.parametrize("timeout", [0.0, float("nan"), float("inf"), 1e15])
+def test_a_timeout_that_no_clock_counts_is_refused(timeout: float) -> None:
+    with pytest.raises(UserError, match=r"mesh\.timeout must be above 0 .*set mesh\.timeout = 600"):
+        MeshConfig(timeout=timeout)
