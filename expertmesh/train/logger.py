@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.errors import require
-from expertmesh.train.files import write_whole
+from expertmesh.train.files import full_disk_named, write_whole
 
 METRICS, ROUTING = "metrics.jsonl", "routing.jsonl"
 
@@ -26,8 +26,12 @@ class JSONLines:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one object; it must hold ``"step"``."""
-        with open(self.path, "a") as file:
+        """Append one object; it must hold ``"step"``.
+
+        Raises:
+            OSError: If it cannot be written, naming the file.
+        """
+        with full_disk_named(self.path), open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -21,3 +21,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = write_whole(tmp_path / "file", "old")
+    (tmp_path / ".file.unfinished").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device; make room") as caught:
+        write_whole(path, "new")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"

@@ -26,6 +26,15 @@ def test_lines_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
     assert first["loss"] == 0.1 + 0.2
 
 
+def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.unlink()
+    metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space.*start the same command again.*metrics\.jsonl"):
+        logger.log({"step": 1}, {})
+
+
 def test_lines_that_are_no_entry_are_left_out(tmp_path: Path) -> None:
     lines = ['{"step": 1, "loss": 2.0}', "torn", "5", "{}", '{"step": 2, "loss": 1.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
