@@ -47,7 +47,8 @@ class Qwen3Moe(LlamaLike):
             "expert_hidden": keys["moe_intermediate_size"],
             "dense_hidden": None if all_moe else keys["intermediate_size"],
             "moe_every": every,
-            "first_dense": min(len(dense), num_layers),
+            # Those that are no MoE layers anyway are sometimes listed too.
+            "first_dense": min(len(dense), num_layers) if len(dense) >= every else 0,
             "router_options": {} if keys.get("norm_topk_prob") else {"renormalize": "no"},
         }
 

@@ -57,8 +57,11 @@ def check_config(config: DecoderConfig) -> None:
     for name in ("first_dense", "num_experts", "num_shared_experts"):
         _at_least(config, name, 0)
     for name in ("norm_eps", "init_std", "rope_theta"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(
+                f"{name} must be positive and finite, got {getattr(config, name)}; set {name} = "
+                f"{getattr(type(config), name)}"
+            )
     for name in ("dropout", "expert_dropout"):
         p = getattr(config, name)
         if not 0 <= p < 1:
@@ -193,6 +196,11 @@ def _check_experts(config: DecoderConfig) -> None:
         raise ValueError(
             f"no block is MoE with num_layers={config.num_layers}, moe_every={config.moe_every}, "
             f"first_dense={config.first_dense}; lower the last two, or set num_experts=0"
+        )
+    if 0 < config.first_dense < config.moe_every:
+        raise ValueError(
+            f"first_dense={config.first_dense} changes nothing with moe_every={config.moe_every}: "
+            f"the first {config.moe_every - 1} blocks are dense anyway; set first_dense = 0"
         )
 
 

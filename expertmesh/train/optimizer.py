@@ -1,5 +1,6 @@
 """The optimizer by name, with the parameters sorted into those that decay and those that do not."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,13 +58,22 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be at least 0 and below 1, got {value}")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip", "lr"):
             value = getattr(self, name)
-            if not value >= 0:
+            if not math.isfinite(value):
+                raise UserError(
+                    f"optim.{name} must be finite, got {value}; "
+                    f"set optim.{name} = {getattr(OptimConfig, name)}"
+                )
+            if value < 0:
                 raise UserError(f"optim.{name} must not be negative, got {value}; set it >= 0")
-        if not self.eps > 0:
+        if not 0 < self.eps < math.inf:
             # An expert that got no token has moments of 0: its step would be 0 / 0.
-            raise UserError(f"optim.eps must be above 0, got {self.eps}; set optim.eps = 1e-8")
-        if not self.beta2_decay > 0:
-            raise UserError(f"optim.beta2_decay must be above 0, got {self.beta2_decay}; set 0.8")
+            raise UserError(
+                f"optim.eps must be above 0 and finite, got {self.eps}; set optim.eps = 1e-8"
+            )
+        if not 0 < self.beta2_decay < math.inf:
+            raise UserError(
+                f"optim.beta2_decay must be above 0 and finite, got {self.beta2_decay}; set 0.8"
+            )
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise UserError(
                 f"optim.decay_steps is the last phase of schedule 'wsd' and of no other, got "

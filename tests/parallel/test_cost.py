@@ -360,8 +360,8 @@ def kept_bytes(config: DecoderConfig, rows: int, rounded: bool) -> int:
         {},
         {"qk_norm": "head"},
         {"num_experts": 8, "experts_per_token": 2},
-        {"num_shared_experts": 0, "moe_every": 2},
-        {"mlp": "doubly_gated", "extra_mlp": True, "moe_every": 2},
+        {"num_shared_experts": 0, "first_dense": 0, "moe_every": 2},
+        {"mlp": "doubly_gated", "extra_mlp": True, "first_dense": 0, "moe_every": 2},
     ],
     ids=str,
 )

@@ -68,7 +68,11 @@ def test_adafactor_by_name_with_the_same_groups() -> None:
         ({"beta2_decay": 0.5}, "optim.beta2_decay is of optim.name = 'adafactor'"),
         ({"name": "adafactor", "beta2_decay": 0.0}, "optim.beta2_decay must be above 0"),
         ({"schedule": "constant", "final": 0.5}, "optim.final is of the schedules 'cosine' and"),
-        ({"clip": math.nan}, "optim.clip must not be negative, got nan"),
+        ({"clip": math.nan}, r"optim.clip must be finite, got nan; set optim.clip = 1\.0"),
+        ({"lr": math.inf}, r"optim.lr must be finite, got inf; set optim.lr = 0\.001"),
+        ({"weight_decay": math.inf}, "optim.weight_decay must be finite, got inf"),
+        ({"eps": math.inf}, "optim.eps must be above 0 and finite, got inf"),
+        ({"name": "adafactor", "beta2_decay": math.inf}, "optim.beta2_decay must be .*got inf"),
     ],
 )
 def test_what_an_optimizer_does_not_have_is_refused(values: dict[str, Any], message: str) -> None:

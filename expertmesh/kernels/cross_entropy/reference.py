@@ -1,5 +1,6 @@
 """The definition: the loss of a token from its logits, plainly."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ class CrossEntropy:
             raise ValueError(
                 f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}"
             )
-        if not self.z_loss >= 0.0:
-            raise ValueError(f"z_loss must be at least 0, got {self.z_loss}")
+        if not 0.0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss must be at least 0 and finite, got {self.z_loss}")
 
 
 PLAIN = CrossEntropy()
