@@ -9,7 +9,7 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -57,6 +57,8 @@ def parse_run(
         router = _last_value(words, "model.router") or tables["model"].get("router")
         tables["model"] = _over_preset(_preset_values(preset), tables["model"], router)
     words = _with_none(tables, _merge_deep(tables, words))
+    _drop_overridden(tables, words)
+    _refuse_texts(tables)
     values = _typed(tables, words)
     return RunFile(**{name: _build(name, values[name]) for name in SECTIONS})
 
@@ -160,6 +162,51 @@ def _with_none(tables: dict[str, dict[str, Any]], words: list[str]) -> list[str]
     return [said.get(word, word) for word in words]
 
 
+def _drop_overridden(tables: dict[str, dict[str, Any]], words: list[str]) -> None:
+    """Take out of the file what an override replaces whole: nobody asks any more what it was."""
+    for word in words:
+        name, _, value = word[2:].partition("=")
+        section, _, field = name.partition(".")
+        if isinstance(tables[section].get(field), dict):
+            continue
+        tables[section].pop(field, None)
+        # jsonargparse wants to see a field without a default before it reads overrides.
+        if field in _required(section):
+            tables[section][field] = int(value) if value.isdecimal() else value
+
+
+def _required(section: str) -> list[str]:
+    return [
+        field.name
+        for field in fields(SECTIONS[section])
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+
+
+def _refuse_texts(tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a text in a file where no text belongs: jsonargparse would read a number out of it."""
+    for section, values in tables.items():
+        hints = get_type_hints(SECTIONS[section])
+        for field, value in values.items():
+            hint, name = hints[field], f"{section}.{as_key(field)}"
+            is_table = isinstance(value, dict) and get_origin(hint) is dict
+            entries = value.values() if is_table else ()
+            if (isinstance(value, str) and not _takes_text(hint)) or (
+                any(isinstance(entry, str) for entry in entries)
+                and not _takes_text(get_args(hint)[1])
+            ):
+                raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether a value of a type may be a text; of a list, whether its entries may."""
+    if get_origin(hint) is Literal:
+        return any(isinstance(arg, str) for arg in get_args(hint))
+    if get_origin(hint) is dict:
+        return False
+    return hint in (str, Any) or any(map(_takes_text, get_args(hint)))
+
+
 def _hint(section: str, key: str) -> str:
     """The nearest field: in the same table if one is close, else in any table, by its own name."""
     if section in SECTIONS and (close := difflib.get_close_matches(key, _known(section), n=1)):
@@ -173,14 +220,14 @@ def _hint(section: str, key: str) -> str:
 def _take_preset(model: dict[str, Any], words: list[str]) -> tuple[str | None, list[str]]:
     """Split the preset's name off: its values are the table's defaults, not a field."""
     preset = model.pop("preset", None)
-    if preset is not None and not isinstance(preset, str):
-        raise UserError(f"model.preset: expected a string, got {preset!r}")
     kept = []
     for word in words:
         if word.startswith("--model.preset="):
             preset = word.partition("=")[2]
         else:
             kept.append(word)
+    if preset is not None and not isinstance(preset, str):
+        raise UserError(f"model.preset: expected a string, got {preset!r}")
     return preset, kept
 
 

@@ -165,6 +165,13 @@ def test_wrong_override_is_named(tmp_path: Path, override: str, message: str) ->
         ("[trian]\nsteps = 3", r"unknown table \[trian\]; did you mean 'train'\?"),
         ("train = 3", r"train must be a table, got 3; write \[train\]"),
         ('[train]\nsteps = "many"', "train.steps: expected an integer, got 'many'"),
+        ('[train]\nsteps = "2"', "train.steps: expected an integer, got '2'"),
+        ('[train]\ncompile = "true"', "train.compile: expected true or false, got 'true'"),
+        ('[train]\nmicro_batch = "2"', "micro_batch: expected an integer or 'none', got '2'"),
+        ('[optim]\nlr = "3e-3"', "optim.lr: expected a number, got '3e-3'"),
+        ('[data]\nmix = {a = "2"}', "data.mix: expected a table of .*, got {'a': '2'}"),
+        ("[data]\nmix = '{a: 2}'", "data.mix: expected a table of .*, got '{a: 2}'"),
+        ('[train.steps]\na = "2"', "train.steps: expected an integer, got {'a': '2'}"),
         ("[train]\nsteps = 2.5", "train.steps: expected an integer, got 2.5"),
         ("[data]\nsource = 3", "data.source: expected a string, got 3"),
         ("[model]\npreset = 3", "model.preset: expected a string, got 3"),
@@ -178,6 +185,23 @@ def test_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_run_file(path)
+
+
+def test_an_override_wins_over_a_wrong_value_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[model]\npreset = 3\n[data]\nsource = 5\nmix = "x"\n[train]\nsteps = [1]\nbatch = "2"\n'
+    )
+    words = ["--model.preset=nano", "--data.source=", '--data.mix={"a.txt" = 2}']
+    run = load_run_file(path, [*words, "--train.steps=7", "--train.batch=2"])
+    assert (run.train.steps, run.train.batch, run.data.mix) == (7, 2, {"a.txt": 2.0})
+    with pytest.raises(UserError, match=r"train.steps: expected an integer, got \[1\]"):
+        load_run_file(path, [*words, "--train.batch=2"])
+    content = tables(tmp_path)
+    content["model"] |= {"dim": "x"}
+    assert parse_run(content, ["--model.dim=32"]).model.dim == 32
+    with pytest.raises(UserError, match=r"model.dim: expected an integer, got 'y'"):
+        parse_run(content, ["--model.dim=y"])
 
 
 def test_absent_file_is_named(tmp_path: Path) -> None:
