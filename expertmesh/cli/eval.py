@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ _EPILOG = """\
 overrides: --section.key=value, as for training, for example
   --eval.batches=none (the whole held-out split)  --data.source=FILE --data.val_fraction=0.5
 """
+# One of these says that other data than the run's is meant.
+_OTHER_DATA = ("--data.source", "--data.mix", "--data.fields", "--data.kind", "--data.tokenizer")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
         The exit status.
 
     Raises:
-        UserError: If the folder holds no usable run, or the data no held-out split.
+        UserError: If the folder holds no usable run, the data no held-out split, or text that the
+            run was trained on would be in it.
     """
     parser = argparse.ArgumentParser(
         prog="expertmesh eval",
@@ -43,13 +47,19 @@ def main(argv: Sequence[str]) -> int:
     from expertmesh.train.finished import load_run
     from expertmesh.train.loop import check_data_fits, make_evaluator
     from expertmesh.train.progress import routing_summaries
+    from expertmesh.train.provenance import check_held_out
 
     trained = load_run(args.run, overrides)
     data = build_data(trained.run.data)
     check_data_fits(trained.run, data)
+    chosen = any(word.startswith(_OTHER_DATA) for word in overrides)
+    check_held_out(Path(args.run), data.provenance, chosen=chosen)
     evaluator = make_evaluator(trained.run, data)
     if evaluator is None:
-        raise UserError("data.val_fraction is 0: nothing is held out; set --data.val_fraction=0.05")
+        raise UserError(
+            "data.val_fraction is 0: nothing is held out; give text that the run was not trained "
+            "on: --data.source=FILE --data.val_fraction=0.5"
+        )
     evaluation = evaluator(passes_over(trained.model, trained.run, trained.device))
     print(f"run            {args.run}, step {trained.step}")
     print(f"tokens         {evaluation.num_targets:,}")

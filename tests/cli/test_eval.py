@@ -31,6 +31,23 @@ def test_other_text_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "loss " in capsys.readouterr().out
 
 
+def test_edited_text_is_no_held_out_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, "--train.steps=1", "--data.val_fraction=0.1")
+    Trainer(run).fit(Silent())
+    command = ["eval", str(run.folder)]
+    assert main([*command, "--data.val_fraction=0.05"]) == 0
+    assert main([*command, "--data.val_fraction=0.2"]) == 2
+    assert "must be at most 0.1, got 0.2: " in capsys.readouterr().err
+    write_text(tmp_path / "text.txt", 300)
+    assert main(command) == 2
+    assert "was begun with other data: " in capsys.readouterr().err
+    source = f"--data.source={tmp_path / 'text.txt'}"
+    assert main([*command, source, "--data.val_fraction=0.5"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_mistakes_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path)]) == 2
     assert "is no run's folder" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from expertmesh.errors import UserError
-from expertmesh.train.provenance import check_same_data, save_provenance
+from expertmesh.train.provenance import check_held_out, check_same_data, save_provenance
 
 
 def provenance(*hashes: str, tokenizer: str = "byte", origin: str = "PyPI a 1") -> dict[str, Any]:
@@ -46,3 +46,21 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match=r"data\.json is not readable.*delete it"):
         check_same_data(tmp_path, provenance("a"))
+
+
+def test_what_was_trained_on_does_not_become_held_out(tmp_path: Path) -> None:
+    save_provenance(tmp_path, provenance("a") | {"val_fraction": 0.1})
+    now = provenance("a") | {"val_fraction": 0.2}
+    with pytest.raises(UserError, match=r"val_fraction must stay 0\.1, got 0\.2"):
+        check_same_data(tmp_path, now)
+    with pytest.raises(UserError, match=r"val_fraction must be at most 0\.1, got 0\.2"):
+        check_held_out(tmp_path, now, chosen=True)
+    check_held_out(tmp_path, now | {"val_fraction": 0.05}, chosen=False)
+
+
+def test_other_data_is_evaluated_where_it_is_named(tmp_path: Path) -> None:
+    save_provenance(tmp_path, provenance("a") | {"val_fraction": 0.1})
+    other = provenance("b") | {"val_fraction": 0.5}
+    with pytest.raises(UserError, match=r"other data: .*or name what to evaluate on"):
+        check_held_out(tmp_path, other, chosen=False)
+    check_held_out(tmp_path, other, chosen=True)
