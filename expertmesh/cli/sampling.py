@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse what is out of range.
+    """Refuse what is out of range, or would do nothing.
 
     Raises:
         UserError: Names the option.
@@ -52,6 +52,14 @@ def check_options(args: argparse.Namespace) -> None:
             "seed": ("at least -2**63 and below 2**63", -(2**63) <= args.seed < 2**63),
         },
     )
+
+    if args.temperature == 0 and (args.top_p != 1 or args.top_k != 0):
+        from expertmesh.errors import UserError
+
+        raise UserError(
+            "--temperature 0 takes the likeliest token, whatever --top-p and --top-k keep, got "
+            f"--top-p {args.top_p} and --top-k {args.top_k}; leave them out, or set a temperature"
+        )
 
 
 def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[str, bool]]) -> None:

@@ -77,6 +77,20 @@ def test_values_out_of_range_are_named(
     assert f"error: {flag} must be" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "got"),
+    [
+        ("--top-p", "0.1", "--top-p 0.1 and --top-k 0"),
+        ("--top-k", "3", "--top-p 1.0 and --top-k 3"),
+    ],
+)
+def test_what_the_likeliest_token_leaves_no_use_for_is_refused(
+    flag: str, value: str, got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "nowhere", "--temperature", "0", flag, value]) == 2
+    assert f"got {got}; leave them out" in capsys.readouterr().err
+
+
 def test_what_the_model_has_no_positions_for_is_refused(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
