@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
         The exit status: 1 if a rank failed, 128 and the signal's number after a signal.
 
     Raises:
-        UserError: For options that do not fit, and for hosts that cannot take part.
+        UserError: For options that do not fit, a run file that cannot be used, and for hosts that
+            cannot take part.
     """
     options = list(argv)
     program: list[str] = []
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         options, program = options[:at], options[at + 1 :]
     args = _parser().parse_args(options)
 
+    from expertmesh.cli import train
     from expertmesh.launch.logs import Logs
     from expertmesh.launch.preflight import check_hosts
     from expertmesh.launch.supervise import run_job
@@ -51,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         if args.hostfile is not None:
             assert job.rendezvous.port is not None
             check_hosts(job.places, port=job.rendezvous.port, folder=job.folder)
+        # A mistake in it would end every rank, and be tried again with each restart.
+        train.parse(program[1:])
         return _conclude(run_job(job, logs), args.log_dir)
 
 

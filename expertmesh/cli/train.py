@@ -32,6 +32,30 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: For a run file, data or checkpoint that cannot be used.
     """
+    args, run = parse(argv)
+    if args.fake_world is not None:
+        from expertmesh.train.fake_world import describe_fake_world
+
+        print(describe_fake_world(run, args.fake_world))
+        return 0
+    # Here, so that `expertmesh --help` does not wait for torch.
+    from expertmesh.parallel.processes import joined, local_device
+    from expertmesh.train.loop import Trainer
+    from expertmesh.train.precision import pick_device
+
+    with output_may_end(), joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
+        return train(Trainer(run))
+
+
+def parse(argv: Sequence[str]) -> "tuple[argparse.Namespace, RunFile]":
+    """Read the command line and the run file, and do nothing yet.
+
+    Args:
+        argv: What follows ``expertmesh train``.
+
+    Raises:
+        UserError: For a run file that cannot be used.
+    """
     parser = argparse.ArgumentParser(
         prog="expertmesh train",
         description=HELP.capitalize() + ".",
@@ -46,22 +70,9 @@ def main(argv: Sequence[str]) -> int:
         help="train nothing; print what each of N ranks would hold and send",
     )
     args, overrides = parser.parse_known_args(argv)
-
-    # Here, so that `expertmesh --help` does not wait for torch.
-    from expertmesh.parallel.processes import joined, local_device
-    from expertmesh.train.precision import pick_device
     from expertmesh.train.run_file import load_run_file
 
-    run = load_run_file(args.run_file, overrides)
-    if args.fake_world is not None:
-        from expertmesh.train.fake_world import describe_fake_world
-
-        print(describe_fake_world(run, args.fake_world))
-        return 0
-    from expertmesh.train.loop import Trainer
-
-    with output_may_end(), joined(local_device(pick_device(run.run.device)), run.mesh.timeout):
-        return train(Trainer(run))
+    return args, load_run_file(args.run_file, overrides)
 
 
 @output_may_end()

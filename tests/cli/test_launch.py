@@ -9,8 +9,17 @@ from expertmesh.errors import UserError
 from expertmesh.launch import preflight, supervise
 from expertmesh.launch.node import Failure
 from expertmesh.launch.supervise import Outcome
+from expertmesh.train import toml
+from tests.train.tiny import tables
 
 FINE = Outcome((), None)
+
+
+@pytest.fixture(autouse=True)
+def run_file(tmp_path, monkeypatch):
+    """``run.toml`` in the folder that the command is started in."""
+    (tmp_path / "run.toml").write_text(toml.dumps(tables(tmp_path)))
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -24,9 +33,9 @@ def started(monkeypatch):
 
 def test_on_this_machine(started):
     words = ["--standalone", "--nproc-per-node", "4", "--gpus", "0,1,2,5", "--max-restarts=2"]
-    assert main([*words, "--", "train", "run.toml", "--mesh.ep=4", "--", "x"]) == 0
+    assert main([*words, "--", "train", "--mesh.ep=4", "--", "run.toml"]) == 0
     (job,) = started
-    assert job.program == ("-m", "expertmesh", "train", "run.toml", "--mesh.ep=4", "--", "x")
+    assert job.program == ("-m", "expertmesh", "train", "--mesh.ep=4", "--", "run.toml")
     assert [(host.name, host.num_processes) for host in job.hosts] == [("localhost", 4)]
     assert (job.gpus, job.max_restarts, job.rendezvous.port) == ("0,1,2,5", 2, None)
     assert job.folder == os.getcwd()
@@ -70,6 +79,11 @@ def test_on_hosts_that_are_tried_first(started, tmp_path):
             ["--nproc-per-node=3", "--gpus=0,1", "--", "train", "x"],
             "for each of the 3 processes of a host, got 2: 0,1; set --nproc-per-node=2",
         ),
+        (["--nproc-per-node=1", "--", "train", "x"], "the run file x does not exist"),
+        (
+            ["--nproc-per-node=1", "--", "train", "run.toml", "--train.stpes=3"],
+            "unknown option --train.stpes; did you mean 'train.steps'",
+        ),
         (["--nproc-per-node=1", "--gpus=0,,1", "--", "train", "x"], "must be a list such as"),
         (["--nproc-per-node=2", "--gpus=1,1", "--", "train", "x"], "got '1,1'"),
         (["--hostfile=nowhere", "--", "train", "x"], "--hostfile must be a file"),
@@ -109,7 +123,14 @@ def test_a_failure_names_host_rank_and_log(tmp_path, monkeypatch, capsys):
         Failure("a", 0, "ended with status 1", consequence=True, seconds=1.0),
     )
     monkeypatch.setattr(supervise, "run_job", lambda job, logs: Outcome(failures, None))
-    words = ["--standalone", "--nproc-per-node=1", f"--log-dir={tmp_path}", "--", "train", "x"]
+    words = [
+        "--standalone",
+        "--nproc-per-node=1",
+        f"--log-dir={tmp_path}",
+        "--",
+        "train",
+        "run.toml",
+    ]
     assert main(words) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: rank 3 on b was ended by SIGKILL; everything was stopped",
@@ -121,7 +142,7 @@ def test_a_failure_names_host_rank_and_log(tmp_path, monkeypatch, capsys):
 def test_a_signal_shows_in_the_exit_status(monkeypatch, capsys):
     outcome = Outcome((), signal.SIGTERM)
     monkeypatch.setattr(supervise, "run_job", lambda job, logs: outcome)
-    assert main(["--standalone", "--nproc-per-node=1", "--", "train", "x"]) == 143
+    assert main(["--standalone", "--nproc-per-node=1", "--", "train", "run.toml"]) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
 
 
@@ -133,15 +154,14 @@ def test_importing_it_waits_for_no_torch():
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
 
 
-def test_two_ranks_for_real(tmp_path, capfd, monkeypatch):
-    """Through torchrun; the run file's absence makes both ranks fail with its own words."""
-    monkeypatch.chdir(tmp_path)
-    words = ["--standalone", "--nproc-per-node=2", "--log-dir=logs", "--", "train", "nowhere.toml"]
-    assert main(words) == 1
+def test_two_ranks_for_real(capfd, tmp_path):
+    """Through torchrun; the data's absence makes both ranks fail with their own words."""
+    words = ["--standalone", "--nproc-per-node=2", "--log-dir=logs", "--", "train", "run.toml"]
+    assert main([*words, "--data.source=nowhere.txt"]) == 1
     out, err = capfd.readouterr()
     assert "on localhost ended with status 2; everything was stopped" in err
-    message = "error: the run file nowhere.toml does not exist\n"
+    message = "error: data.source 'nowhere.txt' is neither a file"
     logs = [tmp_path / "logs" / f"rank_000{rank}.log" for rank in (0, 1)]
-    told = [rank for rank in (0, 1) if logs[rank].exists() and logs[rank].read_text() == message]
+    told = [rank for rank in (0, 1) if logs[rank].exists() and message in logs[rank].read_text()]
     assert told
     assert f"localhost[{told[0]}] {message}" in out
