@@ -40,7 +40,7 @@ from tests.models.conftest import GROUPED, LATENT, SHAPES
         ({"router_options": {"capacity": {"factor": "2"}}}, "capacity.factor must be a finite"),
         (
             {"router_options": {"capacity": {"factor": 0}}},
-            "capacity factor must be a number above 0, got 0",
+            "capacity factor must be a finite number above 0, got 0",
         ),
         ({"router_options": {"capacity": {"fctor": 1}}}, "capacity.fctor is unknown.*'factor'"),
         ({"router_options": {"capacity": {"order": "token"}}}, "capacity has no factor"),

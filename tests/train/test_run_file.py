@@ -124,7 +124,7 @@ def test_tables_within_options_merge_key_by_key() -> None:
         ("--model.router_options.capacity=0", "capacity must be a table of factor, .*, got 0"),
         (
             "--model.router_options.capacity.factor=-1",
-            "capacity factor must be a number above 0, got -1",
+            "capacity factor must be a finite number above 0, got -1",
         ),
         ("--model.router_options.capacity.factor=two", "must be a finite number, got 'two'"),
         ("--model.router_options.capacity.facto=1", r"did you mean 'factor'\?"),
