@@ -1,10 +1,12 @@
 """Runs small enough for tests: a few thousand parameters, a few kilobytes of text."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from expertmesh.train.config import RunFile
 from expertmesh.train.display import Display
+from expertmesh.train.loop import Trainer
 from expertmesh.train.run_file import parse_run
 
 MODEL: dict[str, Any] = {
@@ -70,3 +72,21 @@ class Silent(Display):
 
     def log(self, metrics: Any) -> None:
         self.entries.append(dict(metrics))
+
+
+def fit(run: RunFile) -> Silent:
+    """Train it; what was displayed."""
+    display = Silent()
+    Trainer(run).fit(display)
+    return display
+
+
+def metrics(run: RunFile) -> list[dict[str, Any]]:
+    """Its logged lines."""
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(run: RunFile) -> list[tuple[float, float | None]]:
+    """Of training and validation, by line."""
+    return [(entry["loss"], entry.get("val_loss")) for entry in metrics(run)]
