@@ -78,19 +78,19 @@ def choose(backends: Sequence[BackendT], problem: Problem, name: str = "auto") -
         ValueError: If the name is unknown, or the forced backend cannot run the problem.
     """
     if name == "auto":
-        able, reasons = None, []
+        able = None
         for backend in backends:  # asked in turn: each answer costs the host time at every call
-            reason = backend.refusal(problem)
-            if reason is not None:
-                reasons.append(f"{backend.name}: {reason}")
-            elif backend.suits(problem):
-                return backend
-            else:
+            if backend.refusal(problem) is None:
+                if backend.suits(problem):
+                    return backend
                 able = able or backend
         if able is None:
             where = " in a recorded CUDA graph" if problem.capturing else ""
+            reasons = "; ".join(
+                f"{backend.name}: {backend.refusal(problem)}" for backend in backends
+            )
             raise ValueError(
-                f"no backend runs {problem.dtype} on {problem.device}{where}; {'; '.join(reasons)}"
+                f"no backend runs {problem.dtype} on {problem.device}{where}; {reasons}"
             )
         return able
     check_backend(backends, name)

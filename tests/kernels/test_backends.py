@@ -76,7 +76,7 @@ def test_auto_in_a_recorded_graph(
         (
             "decode",
             {"needs_grad": False, "num_assignments": 8, "hidden": 65_536},
-            "hidden must be at most 65535",
+            "dim, hidden and num_experts must be at most 65535",
         ),
         (
             "triton",

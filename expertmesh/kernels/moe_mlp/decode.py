@@ -44,10 +44,9 @@ class DecodeMLP(MLPBackend):
             return f"it takes bfloat16, float16 and float32, not {problem.dtype}"
         if problem.num_assignments > MOST_ASSIGNMENTS:
             return f"it takes at most {MOST_ASSIGNMENTS} assignments, not {problem.num_assignments}"
-        sizes = {"dim": problem.dim, "hidden": problem.hidden, "num_experts": problem.num_experts}
-        for name, size in sizes.items():
-            if size > _MOST_PROGRAMS:
-                return f"{name} must be at most {_MOST_PROGRAMS}, got {size}"
+        widest = max(problem.dim, problem.hidden, problem.num_experts)
+        if widest > _MOST_PROGRAMS:
+            return f"dim, hidden and num_experts must be at most {_MOST_PROGRAMS}, got {widest}"
         if problem.activation is None:
             return "it knows plain activations by name, neither clamped_swiglu nor callables"
         if problem.dropout:
